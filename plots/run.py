@@ -1,0 +1,89 @@
+"""Draw runs/NAME/run.png from runs/NAME/log.jsonl: loss, total rank, final ranks, importance.
+
+    python plots/run.py runs/NAME
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # told apart by the colour-blind
+KINDS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("blocks.0", "q") of blocks.0.q."""
+    return tuple(name.rpartition(".")[::2])
+
+
+def draw_run(folder: Path) -> Path:
+    """Write run.png beside log.jsonl, in four panels, and return its path."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    evals = [entry for entry in log if entry["kind"] == "eval"]
+    ranks = log[-1]["ranks"]
+    figure, ((loss, total), (final, importance)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    before, after = log[0]["test_loss"], log[-1].get("test_loss")
+    title = f"{config['method']}, {config['schedule']} schedule, {config['data']}: test loss {before:.3f}"
+    figure.suptitle(title + (f" to {after:.3f} nats per token" if after else " before adapting"))
+
+    steps = [entry["step"] for entry in evals]
+    loss.plot(steps, [entry["train_loss"] for entry in evals], color=GREY, linestyle="--", label="train")
+    loss.plot(steps, [entry["val_loss"] for entry in evals], color=BLUE, marker="o", label="validation")
+    loss.set(title="How well does it predict?", xlabel="step", ylabel="loss (nats per token)")
+    loss.legend()
+
+    if not ranks:
+        for axes in (total, final, importance):
+            axes.text(0.5, 0.5, "no adapters", ha="center", transform=axes.transAxes)
+            axes.set_axis_off()
+    else:
+        draw_ranks(total, final, importance, log, config, ranks)
+    path = folder / "run.png"
+    figure.savefig(folder / ".run.tmp.png", dpi=110)
+    (folder / ".run.tmp.png").rename(path)
+    plt.close(figure)
+    return path
+
+
+def draw_ranks(total, final, importance, log: list[dict], config: dict, ranks: dict[str, int]) -> None:
+    """Fill the three panels that need adapters."""
+    total.step([entry["step"] for entry in log], [sum(entry["ranks"].values()) for entry in log], where="post", color=BLUE)
+    total.axhline(config["rank"] * len(ranks), color=ORANGE, linestyle="--", label="budget")
+    total.set(title="When is the rank budget spent?", xlabel="step", ylabel="total rank", ylim=(0, None))
+    total.legend(loc="lower right")
+
+    blocks, kinds = ([*dict.fromkeys(split_name(name)[i] for name in ranks)] for i in (0, 1))
+    grid = [[ranks.get(f"{block}.{kind}".lstrip("."), float("nan")) for kind in kinds] for block in blocks]
+    image = final.imshow(grid, cmap="cividis", aspect="auto")
+    for i, row in enumerate(grid):
+        for j, rank in enumerate(row):
+            if rank == rank:
+                dark = image.norm(rank) < 0.5
+                final.text(j, i, int(rank), ha="center", va="center", color="white" if dark else "black")
+    final.set(title="Which matrices got the rank?", xticks=range(len(kinds)), xticklabels=kinds,
+              yticks=range(len(blocks)), yticklabels=[re.sub(r"^.*\.(?=\d+$)", "block ", block) for block in blocks])
+
+    measured = [entry for entry in log if "importance" in entry]
+    for kind, colour in zip(kinds, KINDS * len(kinds)):
+        names = [name for name in ranks if split_name(name)[1] == kind]
+        for name in names:
+            importance.plot([entry["step"] for entry in measured], [entry["importance"][name] for entry in measured],
+                            color=colour, alpha=0.8, linewidth=1, label=kind if name == names[0] else None)
+    importance.set(title=r"Importance $F=\|L+U\|_F/r$: it falls where rank is added", xlabel="step", ylabel="F (no unit)")
+    if measured:
+        importance.legend(ncols=2)
+    else:
+        importance.text(0.5, 0.5, "not measured: no growth", ha="center", transform=importance.transAxes)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "log.jsonl").exists():
+        sys.exit("usage: python plots/run.py runs/NAME   (a folder with a log.jsonl)")
+    print(draw_run(Path(sys.argv[1])))

@@ -1,0 +1,307 @@
+"""TriAdaptLoRA: triangular adaptive low-rank adaptation (arXiv 2501.08008), on any nn.Module that holds nn.Linear.
+
+    y = W x + b + s B (L + U) A x       W (d_out, d_in) frozen   A (r, d_in)   B (d_out, r)   s = alpha / target rank
+
+The core L + U is kept as two triangles, L packed row by row and U packed column by column, so that a rank more is a
+plain append to four tensors and no trained number moves. From rank 3 to rank 4:
+
+       A         L lower      U upper         B
+    o o o o      o            o o o +      o o o +      o  trained, stays where it is
+    o o o o      o o            o o +      o o o +      +  new: a random row of A, in L zeros and a closing 1,
+    o o o o      o o o            o +      o o o +         zeros in U, a zero column of B
+    + + + +      + + + +            +      o o o +
+
+    L in memory: o | o o | o o o | + + + +       U in memory: o | o o | o o o | + + + +
+
+Of each new path through B (L + U) A exactly one factor is zero, B's column: growth leaves the output as it was, yet the
+gradient is not zero. A run starts the same way, from rank 0: B = 0 and L + U = 1, which is LoRA to the last bit.
+"""
+import copy
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class InputError(ValueError):
+    """What the user gave can't be used: one line that names it and the remedy."""
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), in float32 whatever the precision of the weight.
+
+    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and puts them to use in down.
+    """
+    GROWS_ALONG = {"lora_A": 0, "lora_B": 1}  # tensor: the axis that a new rank is appended to
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.base, self.scale, self.dropout, self.rank = base.requires_grad_(False), scale, dropout, 0
+        empty = {"lora_A": (0, base.in_features), "lora_B": (base.out_features, 0)}
+        for name in self.GROWS_ALONG:
+            tensor = torch.empty(empty.get(name, 0), device=base.weight.device, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(tensor))
+        self.grow(rank)  # the first ranks come as all later ones do
+
+    def new_entries(self, n: int) -> dict[str, Tensor]:
+        """What n more ranks append to each tensor. As LoRA starts: A uniform within 1 / sqrt(d_in), B zero."""
+        d_out, d_in = self.base.weight.shape
+        return {"lora_A": torch.empty(n, d_in).uniform_(-1, 1) / d_in ** 0.5, "lora_B": torch.zeros(d_out, n)}
+
+    @torch.no_grad()
+    def grow(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Append n ranks. Every tensor becomes a new nn.Parameter, which begins with the old one's numbers."""
+        for name, entries in self.new_entries(n).items():
+            old, axis = getattr(self, name), self.GROWS_ALONG[name]
+            new = nn.Parameter(torch.cat((old, entries.to(old)), dim=axis), requires_grad=old.requires_grad)
+            setattr(self, name, new)
+            if optimizer is not None:
+                carry_state(optimizer, old, new, axis)
+        self.rank += n
+
+    def down(self) -> Tensor:
+        """s A, the map from the input to the rank: (r, d_in)."""
+        return self.scale * self.lora_A
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # (n, d_in)
+        y = self.base(x)                                     # (n, d_out)
+        x = F.dropout(x, self.dropout, self.training)
+        h = F.linear(x, self.down().to(x.dtype))             # (n, r)
+        # In place, since y is ours alone: one more (n, d_out) tensor would cost more than the low-rank product.
+        y.addmm_(h.to(y.dtype), self.lora_B.t().to(y.dtype))
+        return y.view(*shape, y.shape[-1])
+
+    def delta_weight(self) -> Tensor:
+        """What the adapter adds to W, in float32: (d_out, d_in)."""
+        return self.lora_B @ self.down()
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A plain nn.Linear with the weight W + delta_weight(), added in float32 and kept in W's precision."""
+        merged = copy.deepcopy(self.base)  # never the weight itself, which may be shared
+        merged.weight.copy_(self.base.weight.float() + self.delta_weight())
+        return merged
+
+
+class TriAdaptLinear(LoRALinear):
+    """A frozen nn.Linear plus s B (L + U) A x. It trains r (d_in + d_out) + r (r + 1) numbers."""
+    GROWS_ALONG = LoRALinear.GROWS_ALONG | {"lora_L": 0, "lora_U": 0}  # packed, r (r + 1) / 2 numbers each
+
+    def new_entries(self, n: int) -> dict[str, Tensor]:
+        """As LoRA's, plus rows of L that end in a 1 and zero columns of U: the identity goes on."""
+        row, column = torch.tril_indices(self.rank + n, self.rank + n)
+        rows = (row == column).float()[len(self.lora_L):]
+        return super().new_entries(n) | {"lora_L": rows, "lora_U": torch.zeros_like(rows)}
+
+    def core(self) -> Tensor:
+        """L + U: (r, r). U column by column is packed as a transposed L; on the diagonal both count."""
+        row, column = torch.tril_indices(self.rank, self.rank, device=self.lora_L.device)
+        zero = self.lora_L.new_zeros(self.rank, self.rank)
+        return zero.index_put((row, column), self.lora_L) + zero.index_put((column, row), self.lora_U)
+
+    def down(self) -> Tensor:
+        """s (L + U) A: (r, d_in). The core meets A once a step instead of every token: r r d_in products, not n r r."""
+        return (self.scale * self.core()) @ self.lora_A
+
+    @torch.no_grad()
+    def importance(self) -> Tensor:
+        """F = ||L + U||_F / r, the paper's metric: a number, no unit."""
+        return self.core().norm() / self.rank
+
+
+METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
+
+
+def add_adapters(model: nn.Module, targets: str | list[str], method: str = "triadapt", rank: int = 8,
+                 init_rank: int | None = None, alpha: float = 16, dropout: float = 0.0) -> dict[str, LoRALinear]:
+    """Put an adapter around each targeted nn.Linear, freeze all else, and return {module name: adapter}.
+
+    targets: suffixes of module names ("q", "attn.q"), or regular expressions for one ("q|v", r"blocks\\.[01]\\.fc").
+    rank: the target rank. It fixes the scale alpha / rank for good: only a constant scale makes growth exact.
+    init_rank: the rank to start from; None means `rank`. A Linear used under two names gets one adapter.
+    Raises InputError for a target that names no Linear, a number out of range, and a model that has adapters.
+    """
+    init_rank = rank if init_rank is None else init_rank
+    if not (1 <= init_rank <= rank and 0 <= dropout < 1):
+        raise InputError(f"rank {rank}, init-rank {init_rank}, dropout {dropout}: "
+                         "need 1 <= init-rank <= rank and 0 <= dropout < 1")
+    if find_adapters(model):
+        raise InputError("the model has adapters already; merge_adapters makes them part of it")
+    # Exactly nn.Linear: the subclasses in torch are read by code that takes their weight and never calls them.
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
+               if type(module) is nn.Linear and name}
+    chosen = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
+        if not matches:
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+            raise InputError(f"targets {target}: no nn.Linear is called that; there are: {known or 'none'}")
+        chosen |= matches
+    model.requires_grad_(False)
+    wrapped = {}  # {Linear: adapter}, as one Linear may have several names
+    for name, linear in linears.items():
+        if name in chosen:
+            if linear not in wrapped:
+                wrapped[linear] = METHODS[method](linear, init_rank, alpha / rank, dropout).train(linear.training)
+            model.set_submodule(name, wrapped[linear])
+    return find_adapters(model)
+
+
+def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """{module name: adapter}, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Replace each adapter by a plain nn.Linear that computes the same, and return the model."""
+    merged = {adapter: adapter.merge() for adapter in find_adapters(model).values()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in merged:
+            model.set_submodule(name, merged[module])
+    return model
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors alone, copied to the CPU. Their shapes are the rank pattern; no table goes with them."""
+    return {f"{name}.{tensor}": getattr(adapter, tensor).detach().cpu().clone()
+            for name, adapter in find_adapters(model).items() for tensor in adapter.GROWS_ALONG}
+
+
+def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what adapter_state_dict gave, growing the model's adapters to the saved ranks.
+
+    Raises InputError when a tensor is missing, unknown, not finite or of another shape, before any number is copied.
+    """
+    if odd := sorted(adapter_state_dict(model).keys() ^ state.keys()):
+        raise InputError(f"{odd[0]}: not in both the file and the model; use the saved run's base, method, targets")
+    copies = []
+    for name, adapter in find_adapters(model).items():
+        adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank))
+        for tensor in adapter.GROWS_ALONG:
+            parameter, saved = getattr(adapter, tensor).data, state[f"{name}.{tensor}"]
+            if saved.shape != parameter.shape or not saved.is_floating_point() or not saved.isfinite().all():
+                raise InputError(f"{name}.{tensor}: the model needs finite numbers of shape {list(parameter.shape)}, the "
+                                 f"file has {saved.dtype} of shape {list(saved.shape)}")
+            copies.append((parameter, saved))
+    for parameter, saved in copies:
+        parameter.copy_(saved)
+
+
+# How many matrices may grow, before rounding down. m: progress from 0 to 1; Q: the rest of the budget, in ranks.
+SCHEDULES = {
+    "linear": lambda m, Q, top_k: Q * m,
+    "exponential": lambda m, Q, top_k: math.exp(m * math.log(Q)),  # the paper calls it non-linear
+    "fixed": lambda m, Q, top_k: top_k,
+}
+
+
+class RankAllocator:
+    """Every `interval` steps after `warmup`, grows the k matrices of highest score by rank_step, up to the budget.
+
+    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go to
+    the first in module order. A score is the change of importance() since the last allocation; growth does not score.
+    Raises InputError for numbers out of range, or too small to reach the budget.
+    """
+
+    def __init__(self, adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, *, schedule: str = "linear",
+                 target_rank: int, total_steps: int, warmup: int, interval: int, rank_step: int = 1, top_k: int = 1):
+        self.adapters, self.optimizer, self.schedule, self.top_k = adapters, optimizer, schedule, top_k
+        self.total_steps, self.warmup, self.interval, self.rank_step = total_steps, warmup, interval, rank_step
+        self.budget = target_rank * len(adapters)
+        if schedule not in SCHEDULES:
+            raise InputError(f"schedule {schedule}: unknown; choose from {', '.join(SCHEDULES)}")
+        if min(interval, rank_step, top_k) < 1 or not 0 <= warmup < total_steps:
+            raise InputError(f"interval {interval}, rank-step {rank_step}, top-k {top_k}, warmup {warmup}: the first three "
+                             f"must be 1 or more, warmup from 0 to below the {total_steps} steps")
+        gap, times = self.budget - self.total_rank, (total_steps - warmup) // interval
+        if times * len(adapters) * rank_step < gap:
+            raise InputError(f"rank-step {rank_step}: {times} allocations can't add the {gap} ranks of the budget; "
+                             "raise rank-step, or lower interval or warmup")
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if not held.issuperset(p for a in adapters.values() for p in a.parameters() if p.requires_grad):
+            raise InputError("optimizer: it lacks parameters of the adapters; make it after add_adapters")
+        self.baseline, self.threshold = self.importances(), math.nan
+        optimizer.register_step_pre_hook(pace_young)
+
+    @property
+    def total_rank(self) -> int:
+        return sum(adapter.rank for adapter in self.adapters.values())
+
+    def importances(self) -> dict[str, float]:
+        return dict(zip(self.adapters, torch.stack([a.importance() for a in self.adapters.values()]).tolist()))
+
+    def scores(self) -> dict[str, float]:
+        """{module name: score} of every matrix. To try another signal, override this."""
+        return {name: now - self.baseline[name] for name, now in self.importances().items()}
+
+    def count(self, t: int, total: int) -> int:
+        """k, how many matrices grow at step t when the total rank is `total`; 0 at steps without allocation."""
+        rest = self.budget - total
+        if rest == 0 or t <= self.warmup or (t - self.warmup) % self.interval:
+            return 0
+        progress = (t - self.warmup) / (self.total_steps - self.warmup)
+        k = math.floor(SCHEDULES[self.schedule](progress, rest, self.top_k) + 1e-9)  # 28.999999999999996 means 29
+        return min(max(k, 1), len(self.adapters), math.ceil(rest / self.rank_step))
+
+    def plan(self) -> list[tuple[int, int]]:
+        """(step, total rank after it) of all allocations: scores decide who grows, never how many."""
+        total, steps = self.total_rank, []
+        for t in range(1, self.total_steps + 1):
+            if k := self.count(t, total):
+                total = min(total + k * self.rank_step, self.budget)
+                steps.append((t, total))
+        return steps
+
+    def step(self, t: int) -> list[str]:
+        """Call after optimiser step t = 1, 2, ..., total_steps. Returns the names of the matrices that grew."""
+        k = self.count(t, self.total_rank)
+        scores = self.scores() if k else {}
+        grown = sorted(scores, key=scores.get, reverse=True)[:k]  # stable: ties stay in module order
+        for name in grown:
+            self.threshold = scores[name]  # of the last one: the k-th largest score
+            self.adapters[name].grow(min(self.rank_step, self.budget - self.total_rank), self.optimizer)
+        if grown or t == self.warmup:
+            self.baseline = self.importances()
+        return grown
+
+    def state_dict(self) -> dict:  # what resuming needs beside the model's and the optimiser's own
+        return {"baseline": self.baseline}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.baseline = state["baseline"]
+
+
+def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int) -> None:
+    """`new` takes the place of `old` in its group, and its moments, to which the new entries append zeros."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if state := optimizer.state.pop(old, None):
+        start, length = old.shape[axis], new.shape[axis] - old.shape[axis]
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.shape == old.shape:
+                state[key] = torch.cat((value, torch.zeros_like(new.data).narrow(axis, 0, length)), dim=axis)
+        if "exp_avg_sq" in state:
+            state.setdefault("young", []).append([axis, start, length, int(state["step"]), 0, 1.0])
+        optimizer.state[new] = state
+
+
+@torch.no_grad()
+def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Before an optimiser step, set second moments such that new entries move as in a freshly started Adam.
+
+    Adam corrects its moments by the tensor's step count t. An entry of age k has summed k gradients only, and would move
+    sqrt(c) times too fast, up to 6: c = ((1 - b1^k) / (1 - b1^t))^2 (1 - b2^t) / (1 - b2^k). So its exp_avg_sq is kept
+    at c times the fresh one's; where c < 1 it is left, as slower than fresh does no harm.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for entry in optimizer.state.get(p, {}).get("young", []) if p.grad is not None else []:
+                (b1, b2), (axis, start, length, born, age, c_before) = group["betas"], entry
+                k, t = age + 1, born + age + 1
+                c = max(1.0, ((1 - b1 ** k) / (1 - b1 ** t)) ** 2 * (1 - b2 ** t) / (1 - b2 ** k))
+                second, gradient = (x.narrow(axis, start, length) for x in (optimizer.state[p]["exp_avg_sq"], p.grad))
+                second.mul_(c / c_before).addcmul_(gradient, gradient, value=(c - 1) * (1 - b2) / b2)
+                entry[-2:] = k, c
