@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -23,25 +23,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from triadapt import InputError
 
+CACHE = Path("cache")
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
-CACHE = Path("cache")
+EVAL_WINDOWS = 256  # an evaluation reads no more of a split, so that it takes seconds on any text
 # Not source that a person wrote to be read: tests, generated tables, installed packages.
-NOT_CODE = re.compile(r"tests?|idle_test|site-packages|dist-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*")
+NOT_CODE = re.compile(r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*")
 
-
-@contextlib.contextmanager
-def atomic(path: Path):
-    """Yield a temporary path beside `path` and rename it to `path` at the end: a file is there whole or not at all."""
-    path = Path(path)
+def save(path: Path, content: str | dict) -> None:
+    """Write a text, or what torch.save takes, under a temporary name and rename it: the file is there whole, or not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        torch.save(content, temporary)
+    os.replace(temporary, path)
 
+def load(path: Path) -> dict:
+    """A .pt file that save wrote: tensors and plain values only, so that nothing in it can run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        raise InputError(f"{path}: damaged, or not written by train.py ({type(error).__name__})") from None
 
 def code_documents() -> Iterator[str]:
     """Every source file of the standard library, in sorted order: about 10 MB."""
@@ -49,7 +55,6 @@ def code_documents() -> Iterator[str]:
     for path in sorted(root.rglob("*.py")):
         if not any(NOT_CODE.fullmatch(part.removesuffix(".py")) for part in path.relative_to(root).parts):
             yield path.read_text(encoding="utf-8", errors="replace")
-
 
 def prose_documents() -> Iterator[str]:
     """The language reference, each paragraph once (topics repeat each other, and a repeat would leak into the
@@ -62,7 +67,6 @@ def prose_documents() -> Iterator[str]:
             yield piece
             piece = ""
     yield piece
-
 
 def file_documents(path: Path) -> Iterator[str]:
     """A UTF-8 text file of any size, in pieces of whole lines: at least 40 of them, none above 64 Ki characters.
@@ -78,85 +82,73 @@ def file_documents(path: Path) -> Iterator[str]:
             while piece := file.read(size):
                 yield piece + file.readline(size)
     except UnicodeDecodeError as error:
-        raise InputError(f"--data {path}: not UTF-8 at byte {error.start} of a piece; convert it, for example with iconv")
+        raise InputError(f"--data {path}: not UTF-8 ({error.reason}); convert it, for example with iconv") from None
     except OSError as error:
-        raise InputError(f"--data {path}: {error.strerror}; give a readable text file, or one of: code, prose")
-
+        raise InputError(f"--data {path}: {error.strerror}; give a text file, or one of: prose, code") from None
 
 def corpus(name: str) -> Callable[[], Iterator[str]]:
     """The documents of `code`, `prose` or the text file called `name`, as a function that reads them afresh."""
     embedded = {"code": code_documents, "prose": prose_documents}
     return embedded.get(name, lambda: file_documents(Path(name)))
 
-
-def text_hash(documents: Iterator[str]) -> str:
+def text_hash(documents: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(document.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(document.encode() + b"\0")
     return digest.hexdigest()[:16]
 
-
-def load_tokenizer(documents: Callable[[], Iterator[str]], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on the documents, or the cached one."""
-    path = CACHE / f"tokenizer-{text_hash(documents())}-{vocab_size}.json"
-    if not path.exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator(documents(), trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        with atomic(path) as temporary:
-            tokenizer.save(str(temporary))
-    return Tokenizer.from_file(str(path))
-
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer, as GPT-2's: it has every byte, so no text is unknown to it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return tokenizer
 
 def load_tokens(documents: Callable[[], Iterator[str]], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """{split: token numbers}, memory-mapped from the cache; encoded document by document when they are not there."""
-    key = text_hash(iter([text_hash(documents()), tokenizer.to_str()]))
+    """{split: token numbers}, memory-mapped from the cache, where they are written document by document if need be."""
+    key = text_hash([tokenizer.to_str(), *documents()])
     paths = {split: CACHE / f"tokens-{key}-{split}.bin" for split in SPLITS}
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     if not all(path.exists() for path in paths.values()):
+        CACHE.mkdir(exist_ok=True)
         end = tokenizer.token_to_id(END_OF_TEXT)
         with contextlib.ExitStack() as stack:
-            files = [open(stack.enter_context(atomic(path)), "wb") for path in paths.values()]
+            files = [stack.enter_context(open(f"{path}.{os.getpid()}", "wb")) for path in paths.values()]
             for i, document in enumerate(documents()):
-                ids = tokenizer.encode(document, add_special_tokens=False).ids
-                files[max(0, i % 10 - 7)].write(np.array(ids + [end], dtype=dtype).tobytes())
-            for file in files:
-                file.close()
-    # A file of no bytes can't be mapped; TextData says what is wrong with it.
-    return {split: np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-            for split, path in paths.items()}
-
+                ids = tokenizer.encode(document, add_special_tokens=False).ids + [end]
+                files[max(0, i % 10 - 7)].write(np.array(ids, dtype).tobytes())
+        for file, path in zip(files, paths.values()):
+            os.replace(file.name, path)
+    # A file without bytes can't be mapped.
+    return {split: np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype) for split, path in paths.items()}
 
 class TextData:
-    """Batches of windows of context + 1 tokens: (inputs, targets), each (batch, context), int64 on the CPU.
+    """Batches of a corpus: (inputs, targets), each (batch, context), int64, on the CPU.
 
-    Raises InputError when a split is shorter than one window.
+    Raises InputError when a split is not longer than one context.
     """
 
-    def __init__(self, tokens: dict[str, np.ndarray], context: int, batch_size: int, seed: int, name: str):
-        for split, ids in tokens.items():
+    def __init__(self, name: str, tokenizer: Tokenizer, context: int, batch_size: int, seed: int):
+        self.tokens = load_tokens(corpus(name), tokenizer)
+        self.context, self.batch_size, self.seed, self.batch_tokens = context, batch_size, seed, batch_size * context
+        for split, ids in self.tokens.items():
             if len(ids) <= context:
-                raise InputError(f"--data {name}: {len(ids)} tokens in its {split} split, shorter than one context "
-                                 f"({context + 1}); give a longer text")
-        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
-        self.batch_tokens = batch_size * context
+                raise InputError(f"--data {name}: its {split} split has {len(ids)} tokens, shorter than one context of "
+                                 f"{context} + 1; give a longer text")
 
     def _windows(self, split: str, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        windows = self.tokens[split][starts[:, None] + np.arange(self.context + 1)]
-        windows = torch.from_numpy(windows.astype(np.int64))  # (batch, context + 1)
+        windows = torch.from_numpy(self.tokens[split][starts[:, None] + np.arange(self.context + 1)].astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The training batch of a step. It depends on (seed, step) alone, so that a resumed run needs no reader state."""
-        starts = np.random.default_rng((self.seed, step)).integers(
-            len(self.tokens["train"]) - self.context, size=self.batch_size)
-        return self._windows("train", starts)
+        """The training batch of a step, a function of (seed, step) alone: resuming needs no position."""
+        generator = np.random.default_rng((self.seed, step))
+        return self._windows("train", generator.integers(len(self.tokens["train"]) - self.context, size=self.batch_size))
 
     def batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The whole split once, in order, in windows that do not overlap (a rest shorter than a window is left out)."""
-        starts = np.arange(0, len(self.tokens[split]) - self.context, self.context)
+        """The split in order, in windows that do not overlap, EVAL_WINDOWS at most."""
+        starts = np.arange(0, len(self.tokens[split]) - self.context, self.context)[:EVAL_WINDOWS]
         for i in range(0, len(starts), self.batch_size):
             yield self._windows(split, starts[i:i + self.batch_size])

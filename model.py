@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 @dataclass
 class GPTConfig:
     """Sizes. The defaults give 2.2 M parameters, which two CPU cores pretrain in about a minute and a half."""
@@ -23,7 +22,6 @@ class GPTConfig:
     layers: int = 4
     heads: int = 6
     width: int = 192     # of the residual stream
-
 
 class Block(nn.Module):
     """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -44,7 +42,6 @@ class Block(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, time, width / heads)
         x = x + self.o(h.transpose(1, 2).flatten(-2))
         return x + self.proj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
-
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). forward: token numbers (batch, time) -> logits (batch, time, vocab_size)."""
@@ -73,7 +70,6 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.linear(self.hidden(ids), self.wte.weight)
-
 
 @torch.no_grad()
 def generate(model: GPT, ids: Tensor, length: int, temperature: float = 0.8, top_k: int = 50,

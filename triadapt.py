@@ -24,10 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 class InputError(ValueError):
     """What the user gave can't be used: one line that names it and the remedy."""
-
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), in float32 whatever the precision of the weight.
@@ -85,7 +83,6 @@ class LoRALinear(nn.Module):
         merged.weight.copy_(self.base.weight.float() + self.delta_weight())
         return merged
 
-
 class TriAdaptLinear(LoRALinear):
     """A frozen nn.Linear plus s B (L + U) A x. It trains r (d_in + d_out) + r (r + 1) numbers."""
     GROWS_ALONG = LoRALinear.GROWS_ALONG | {"lora_L": 0, "lora_U": 0}  # packed, r (r + 1) / 2 numbers each
@@ -111,9 +108,7 @@ class TriAdaptLinear(LoRALinear):
         """F = ||L + U||_F / r, the paper's metric: a number, no unit."""
         return self.core().norm() / self.rank
 
-
 METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
-
 
 def add_adapters(model: nn.Module, targets: str | list[str], method: str = "triadapt", rank: int = 8,
                  init_rank: int | None = None, alpha: float = 16, dropout: float = 0.0) -> dict[str, LoRALinear]:
@@ -149,11 +144,9 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
             model.set_submodule(name, wrapped[linear])
     return find_adapters(model)
 
-
 def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """{module name: adapter}, in module order."""
+    """{module name: adapter} in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
 
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Replace each adapter by a plain nn.Linear that computes the same, and return the model."""
@@ -163,32 +156,26 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             model.set_submodule(name, merged[module])
     return model
 
-
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, copied to the CPU. Their shapes are the rank pattern; no table goes with them."""
-    return {f"{name}.{tensor}": getattr(adapter, tensor).detach().cpu().clone()
-            for name, adapter in find_adapters(model).items() for tensor in adapter.GROWS_ALONG}
-
+    """All that is trained: the adapters' tensors, and what the user unfroze, such as a head. Like nn.Module.state_dict,
+    it shares the model's memory. The shapes are the rank pattern; no table of ranks goes with them."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
 
 def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what adapter_state_dict gave, growing the model's adapters to the saved ranks.
+    """Load what adapter_state_dict gave into a model with the same adapters, growing them to the saved ranks.
 
     Raises InputError when a tensor is missing, unknown, not finite or of another shape, before any number is copied.
     """
     if odd := sorted(adapter_state_dict(model).keys() ^ state.keys()):
         raise InputError(f"{odd[0]}: not in both the file and the model; use the saved run's base, method, targets")
-    copies = []
     for name, adapter in find_adapters(model).items():
         adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank))
-        for tensor in adapter.GROWS_ALONG:
-            parameter, saved = getattr(adapter, tensor).data, state[f"{name}.{tensor}"]
-            if saved.shape != parameter.shape or not saved.is_floating_point() or not saved.isfinite().all():
-                raise InputError(f"{name}.{tensor}: the model needs finite numbers of shape {list(parameter.shape)}, the "
-                                 f"file has {saved.dtype} of shape {list(saved.shape)}")
-            copies.append((parameter, saved))
-    for parameter, saved in copies:
-        parameter.copy_(saved)
-
+    for name, p in adapter_state_dict(model).items():
+        if state[name].shape != p.shape or not state[name].isfinite().all():
+            raise InputError(f"{name}: the model needs finite numbers of shape {list(p.shape)}, "
+                             f"the file has shape {list(state[name].shape)}")
+    for name, p in adapter_state_dict(model).items():
+        p.copy_(state[name])
 
 # How many matrices may grow, before rounding down. m: progress from 0 to 1; Q: the rest of the budget, in ranks.
 SCHEDULES = {
@@ -196,7 +183,6 @@ SCHEDULES = {
     "exponential": lambda m, Q, top_k: math.exp(m * math.log(Q)),  # the paper calls it non-linear
     "fixed": lambda m, Q, top_k: top_k,
 }
-
 
 class RankAllocator:
     """Every `interval` steps after `warmup`, grows the k matrices of highest score by rank_step, up to the budget.
@@ -211,8 +197,6 @@ class RankAllocator:
         self.adapters, self.optimizer, self.schedule, self.top_k = adapters, optimizer, schedule, top_k
         self.total_steps, self.warmup, self.interval, self.rank_step = total_steps, warmup, interval, rank_step
         self.budget = target_rank * len(adapters)
-        if schedule not in SCHEDULES:
-            raise InputError(f"schedule {schedule}: unknown; choose from {', '.join(SCHEDULES)}")
         if min(interval, rank_step, top_k) < 1 or not 0 <= warmup < total_steps:
             raise InputError(f"interval {interval}, rank-step {rank_step}, top-k {top_k}, warmup {warmup}: the first three "
                              f"must be 1 or more, warmup from 0 to below the {total_steps} steps")
@@ -221,7 +205,7 @@ class RankAllocator:
             raise InputError(f"rank-step {rank_step}: {times} allocations can't add the {gap} ranks of the budget; "
                              "raise rank-step, or lower interval or warmup")
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if not held.issuperset(p for a in adapters.values() for p in a.parameters() if p.requires_grad):
+        if not all(p in held for a in adapters.values() for p in a.parameters() if p.requires_grad):
             raise InputError("optimizer: it lacks parameters of the adapters; make it after add_adapters")
         self.baseline, self.threshold = self.importances(), math.nan
         optimizer.register_step_pre_hook(pace_young)
@@ -273,7 +257,6 @@ class RankAllocator:
     def load_state_dict(self, state: dict) -> None:
         self.baseline = state["baseline"]
 
-
 def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int) -> None:
     """`new` takes the place of `old` in its group, and its moments, to which the new entries append zeros."""
     for group in optimizer.param_groups:
@@ -286,7 +269,6 @@ def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
         if "exp_avg_sq" in state:
             state.setdefault("young", []).append([axis, start, length, int(state["step"]), 0, 1.0])
         optimizer.state[new] = state
-
 
 @torch.no_grad()
 def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:

@@ -1,8 +1,9 @@
-"""Draw runs/NAME/run.png from runs/NAME/log.jsonl: loss, total rank, final ranks, importance.
+"""What a run's log says, for people: a line for the console per entry, and the four panels of run.png.
 
-    python plots/run.py runs/NAME
+    python plots/run.py runs/NAME      # tells and draws runs/NAME/log.jsonl again
 """
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,38 @@ import matplotlib.pyplot as plt
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # told apart by the colour-blind
 KINDS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+
+
+def tell(log: list[dict]) -> str:
+    """The last entry of a log in words; the one text that the console shows of it."""
+    entry = log[-1]
+    if entry["kind"] == "start":
+        settings, plan = entry["settings"], entry.get("plan")
+        text = (f"device    {entry['device']}\n"
+                f"model     {entry['parameters']:,} parameters, {entry['trainable']:,} of them trainable\n")
+        if entry["ranks"]:
+            text += f"adapted   {len(entry['ranks'])} matrices ({' '.join(settings['targets'])}) by {settings['method']}\n"
+        if plan:
+            text += (f"growth    {settings['schedule']}: total rank {entry['total_rank']} -> {plan[-1][1]} of a budget of "
+                     f"{entry['budget']}, {len(plan)} allocations from step {plan[0][0]} to step {plan[-1][0]}\n")
+            if plan[-1][1] < entry["budget"]:
+                text += (f"warning   {entry['budget'] - plan[-1][1]} ranks of the budget can't be spent; lower --interval or "
+                         "--warmup, or raise --rank-step or --top-k\n")
+        return text + f"base      test loss {entry['test_loss']:.4f} nats/token"
+    if entry["kind"] == "allocation":
+        return (f"step {entry['step']:5}  total rank {entry['total_rank']}/{log[0]['budget']}, threshold "
+                f"{entry['threshold']:+.1e}, grown: {' '.join(entry['grown'])}")
+    if entry["kind"] == "eval":
+        return (f"step {entry['step']:5}  train {entry['train_loss']:.4f}  val {entry['val_loss']:.4f} nats/token  "
+                f"total rank {entry['total_rank']}  trainable {entry['trainable']:,}  "
+                f"{entry['tokens_per_second']:,.0f} tokens/s")
+    text = ""
+    for word, end in {"before": log[0], "after": entry}.items():
+        text += (f"\n{word} adapting: test loss {end['test_loss']:.4f} nats/token, perplexity "
+                 f"{math.exp(end['test_loss']):.2f}\n{end['sample'].strip()}\n")
+    return text + (f"\ntrainable parameters: {log[0]['trainable']:,} at first, {entry['peak_trainable']:,} at most, "
+                   f"{entry['trainable']:,} in the end\n"
+                   f"{entry['seconds']:.1f} s of training, {entry['growth_seconds']:.2f} s of growth")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -86,4 +119,7 @@ def draw_ranks(total, final, importance, log: list[dict], config: dict, ranks: d
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1], "log.jsonl").exists():
         sys.exit("usage: python plots/run.py runs/NAME   (a folder with a log.jsonl)")
+    lines = [json.loads(line) for line in Path(sys.argv[1], "log.jsonl").read_text().splitlines()]
+    for length in range(1, len(lines) + 1):
+        print(tell(lines[:length]))
     print(draw_run(Path(sys.argv[1])))
