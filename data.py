@@ -59,7 +59,7 @@ def code_documents() -> Iterator[str]:
 def prose_documents() -> Iterator[str]:
     """The language reference, each paragraph once (topics repeat each other, and a repeat would leak into the
     test split), in pieces of about 4000 characters."""
-    paragraphs = dict.fromkeys(p for name in sorted(topics) for p in topics[name].split("\n\n"))
+    paragraphs = dict.fromkeys(p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n"))
     piece = ""
     for paragraph in paragraphs:
         piece += paragraph + "\n\n"

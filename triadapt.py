@@ -130,7 +130,10 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
                if type(module) is nn.Linear and name}
     chosen = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
+        try:
+            matches = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
+        except re.error as error:
+            raise InputError(f"targets {target}: not a regular expression ({error})") from None
         if not matches:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
             raise InputError(f"targets {target}: no nn.Linear is called that; there are: {known or 'none'}")

@@ -1,0 +1,727 @@
+"""The promises of this project, one test each: pytest -q
+
+Growth is tested on the smallest Linear that can break it, training on a GPT of a few thousand parameters.
+"""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import train
+from model import GPT, GPTConfig, generate
+from triadapt import (METHODS, SCHEDULES, InputError, LoRALinear, RankAllocator, TriAdaptLinear, adapter_state_dict,
+                      add_adapters, find_adapters, load_adapter_state_dict, merge_adapters)
+
+HERE = Path(__file__).parent
+DEVICES = ["cpu"] + ([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+class Net(nn.Module):
+    """Two Linears of different shapes, one without bias, and an embedding that no adapter touches."""
+
+    def __init__(self, device: str = "cpu"):
+        super().__init__()
+        torch.manual_seed(1)
+        self.emb = nn.Embedding(11, 6)
+        self.first, self.second = nn.Linear(6, 10), nn.Linear(10, 5, bias=False)
+        self.to(device)
+
+    def forward(self, ids):  # (batch,) -> (batch, 5)
+        return self.second(torch.tanh(self.first(self.emb(ids))))
+
+
+def adapted(device: str = "cpu", method: str = "triadapt", **settings):
+    net = Net(device)
+    torch.manual_seed(2)
+    adapters = add_adapters(net, ["first", "second"], method, **({"rank": 4, "init_rank": 2} | settings))
+    return net, adapters
+
+
+def optimizer_of(net: nn.Module, lr: float = 1e-2, **settings) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, **settings)
+
+
+def loss_of(net: nn.Module, step: int = 0) -> torch.Tensor:
+    device = next(net.parameters()).device
+    ids = torch.arange(11, device=device)
+    return F.cross_entropy(net(ids).float(), (ids * 3 + step) % 5)
+
+
+def fit(net, optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss_of(net, step).backward()
+        optimizer.step()
+
+
+def allocator_of(adapters, optimizer, **settings) -> RankAllocator:
+    return RankAllocator(adapters, optimizer, **({"target_rank": 4, "total_steps": 20, "warmup": 2, "interval": 2} | settings))
+
+
+# ---------------------------------------------------------------- the adapter
+
+@every_device
+def test_trainable_parameters_are_the_closed_form_before_and_after_any_growth(device):
+    for sizes in ([1], [3], [1, 1, 1], [2, 5], [1, 4, 2]):
+        adapter = TriAdaptLinear(nn.Linear(7, 9).to(device), sizes[0], 1.0)
+        for n in sizes[1:]:
+            adapter.grow(n)
+        r = sum(sizes)
+        assert adapter.rank == r
+        assert sum(p.numel() for p in adapter.parameters() if p.requires_grad) == r * (7 + 9) + r * (r + 1)
+        assert {p.device.type for p in adapter.parameters()} == {device}
+
+
+def test_packed_triangles_are_the_dense_triangles():
+    adapter = TriAdaptLinear(nn.Linear(3, 3), 2, 1.0)
+    adapter.grow(3)
+    r = adapter.rank
+    nn.init.normal_(adapter.lora_L), nn.init.normal_(adapter.lora_U)
+    lower, upper = torch.zeros(r, r), torch.zeros(r, r)
+    numbers = iter(adapter.lora_L.tolist())
+    for i in range(r):
+        for j in range(i + 1):
+            lower[i, j] = next(numbers)  # row by row
+    numbers = iter(adapter.lora_U.tolist())
+    for j in range(r):
+        for i in range(j + 1):
+            upper[i, j] = next(numbers)  # column by column
+    assert torch.equal(adapter.core(), lower + upper)
+    assert math.isclose(adapter.importance().item(), (lower + upper).norm().item() / r, rel_tol=1e-6)
+    expected = 1.0 * adapter.lora_B @ (lower + upper) @ adapter.lora_A
+    assert torch.allclose(adapter.delta_weight(), expected, atol=1e-6)
+
+
+@every_device
+def test_the_output_is_the_equation(device):
+    torch.manual_seed(0)
+    adapter = TriAdaptLinear(nn.Linear(6, 5).to(device), 3, 0.7)
+    for name in adapter.GROWS_ALONG:
+        nn.init.normal_(getattr(adapter, name))
+    x = torch.randn(2, 4, 6, device=device)
+    dense = adapter.base.weight + 0.7 * adapter.lora_B @ adapter.core() @ adapter.lora_A
+    assert torch.allclose(adapter(x), F.linear(x, dense, adapter.base.bias), atol=1e-5)
+    assert adapter(x[0, 0]).shape == (5,) and adapter(x[:0]).shape == (0, 4, 5)
+
+
+@every_device
+def test_at_step_0_triadapt_is_lora_is_the_base(device):
+    ids = torch.arange(11, device=device)
+    base = Net(device)(ids)
+    nets = {method: adapted(device, method, rank=3, init_rank=3)[0] for method in ("lora", "triadapt")}
+    assert all(torch.equal(net(ids), base) for net in nets.values())
+    for net in nets.values():  # the same numbers in B: still the same function and the same gradients
+        for i, adapter in enumerate(find_adapters(net).values()):
+            torch.manual_seed(i)
+            adapter.lora_B.data = torch.randn(adapter.lora_B.shape).to(device)
+        loss_of(net).backward()
+    lora, tri = nets["lora"], nets["triadapt"]
+    assert torch.equal(lora(ids), tri(ids)) and not torch.equal(lora(ids), base)
+    for name in ("first.lora_A", "first.lora_B", "second.lora_A", "second.lora_B"):
+        assert torch.equal(lora.get_parameter(name).grad, tri.get_parameter(name).grad), name
+
+
+@every_device
+def test_growth_keeps_the_output_and_every_old_number(device):
+    net, adapters = adapted(device)
+    optimizer = optimizer_of(net)
+    fit(net, optimizer, 30)
+    ids = torch.arange(11, device=device)
+    for _ in range(3):
+        before = net(ids).detach()
+        old = {(name, tensor): getattr(a, tensor).detach().clone() for name, a in adapters.items() for tensor in a.GROWS_ALONG}
+        moments = {key: {k: v.clone() for k, v in optimizer.state[getattr(adapters[key[0]], key[1])].items()
+                         if torch.is_tensor(v)} for key in old}
+        for adapter in adapters.values():
+            adapter.grow(2, optimizer)
+        assert (net(ids) - before).norm() <= 1e-5 * before.norm()
+        for (name, tensor), value in old.items():
+            p, axis = getattr(adapters[name], tensor), adapters[name].GROWS_ALONG[tensor]
+            assert p.shape != value.shape and torch.equal(p.narrow(axis, 0, value.shape[axis]), value)
+            for key, moment in moments[name, tensor].items():
+                now = optimizer.state[p][key]
+                assert torch.equal(now if key == "step" else now.narrow(axis, 0, value.shape[axis]), moment)
+        fit(net, optimizer, 5)
+
+
+def test_growth_keeps_every_parameter_in_its_group():
+    net, adapters = adapted()
+    groups = [{"params": list(a.parameters()), "lr": lr} for a, lr in zip(adapters.values(), (1e-3, 1e-2))]
+    groups = [{"params": [p for p in g["params"] if p.requires_grad], "lr": g["lr"]} for g in groups]
+    optimizer = torch.optim.AdamW(groups)
+    fit(net, optimizer, 2)
+    adapters["first"].grow(1, optimizer)
+    for group, adapter in zip(optimizer.param_groups, adapters.values()):
+        assert {id(p) for p in group["params"]} == {id(p) for p in adapter.parameters() if p.requires_grad}
+    assert all(p in optimizer.state for a in adapters.values() for p in a.parameters() if p.requires_grad)
+    assert len(optimizer.state) == 8
+
+
+@every_device
+def test_every_new_entry_gets_a_gradient_within_two_steps_and_starts_slowly(device):
+    net, adapters = adapted(device)
+    lr = 1e-2
+    optimizer = optimizer_of(net, lr)
+    fit(net, optimizer, 25)
+    sizes = {(name, tensor): getattr(a, tensor).shape[axis] for name, a in adapters.items()
+             for tensor, axis in a.GROWS_ALONG.items()}
+    allocator_of(adapters, optimizer, total_steps=40)  # paces the new entries
+    for adapter in adapters.values():
+        adapter.grow(2, optimizer)
+    seen = {}
+    for step in range(2):
+        before = {key: getattr(adapters[key[0]], key[1]).detach().clone() for key in sizes}
+        fit(net, optimizer, 1, first=step)
+        for (name, tensor), size in sizes.items():
+            p, axis = getattr(adapters[name], tensor), adapters[name].GROWS_ALONG[tensor]
+            length = p.shape[axis] - size
+            moved = (p.detach() - before[name, tensor]).narrow(axis, size, length)
+            assert moved.abs().max() <= lr * 1.0001, (name, tensor)
+            touched = p.grad.narrow(axis, size, length) != 0
+            seen[name, tensor] = seen.get((name, tensor), False) | touched
+    assert all(touched.all() for touched in seen.values())
+
+
+@every_device
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99), (0.9, 0.9), (0.95, 0.99)])
+@pytest.mark.parametrize("old_steps", [1, 12, 400])
+def test_new_entries_never_outrun_a_fresh_adam(device, betas, old_steps):
+    """Whatever the gradients: here they jump by factors of a thousand."""
+    linear = nn.Sequential(nn.Linear(5, 4)).to(device)
+    adapter = add_adapters(linear, "0", rank=3, init_rank=2)["0"]
+    optimizer = torch.optim.AdamW([p for p in linear.parameters() if p.requires_grad], lr=1.0, betas=betas,
+                                  weight_decay=0.0, fused=True)
+    RankAllocator({"0": adapter}, optimizer, target_rank=3, total_steps=9, warmup=0, interval=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def random_gradient(p):
+        scale = 10 ** (3 * torch.rand(p.shape, generator=generator) - 2)
+        return (torch.randn(p.shape, generator=generator) * scale).to(device)
+
+    def step():
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = random_gradient(p)
+        optimizer.step()
+
+    for _ in range(old_steps):
+        step()
+    adapter.grow(1, optimizer)
+    fresh = {tensor: nn.Parameter(getattr(adapter, tensor).detach().narrow(axis, size, length).clone())
+             for tensor, axis, size, length in (("lora_A", 0, 2, 1), ("lora_B", 1, 2, 1), ("lora_L", 0, 3, 3))}
+    reference = torch.optim.AdamW(fresh.values(), lr=1.0, betas=betas, weight_decay=0.0)
+    slowest = 1.0
+    for k in range(60):
+        before = {name: (getattr(adapter, name).detach().clone(), p.detach().clone()) for name, p in fresh.items()}
+        step()
+        for name, p in fresh.items():
+            axis = adapter.GROWS_ALONG[name]
+            p.grad = getattr(adapter, name).grad.narrow(axis, 2 if name != "lora_L" else 3, p.shape[axis]).clone()
+        reference.step()
+        for name, p in fresh.items():
+            axis = adapter.GROWS_ALONG[name]
+            size = before[name][0].shape[axis] - p.shape[axis]
+            ours = (getattr(adapter, name).detach() - before[name][0]).narrow(axis, size, p.shape[axis]).abs()
+            limit = (p.detach() - before[name][1]).abs()
+            assert (ours <= limit * 1.001 + 1e-5).all(), (k, name)
+            slowest = min(slowest, (ours.sum() / limit.sum()).item())
+    if old_steps == 400 and betas[0] == 0.9 and betas[1] >= 0.99:
+        assert slowest > 0.9  # with the usual betas not merely below it, but as fast
+
+
+def test_growing_costs_a_forward_nothing():
+    """A rank of 8 reached in four growths runs the operations of a fresh rank of 8, on equal tensors."""
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            self.calls.append((str(function), tuple(result.shape) if torch.is_tensor(result) else None))
+            return result
+
+    def calls(adapter):
+        with Count() as count:
+            count.calls = []
+            adapter(torch.ones(23, 12)).sum().backward()
+        return count.calls
+
+    fresh, grown = TriAdaptLinear(nn.Linear(12, 17), 8, 1.0), TriAdaptLinear(nn.Linear(12, 17), 2, 1.0)
+    for n in (1, 2, 1, 2):
+        grown.grow(n)
+    assert calls(fresh) == calls(grown)
+    assert all(getattr(grown, name).is_contiguous() for name in grown.GROWS_ALONG)
+    # Never a dense update: what is as large as W is W itself, seen from the side.
+    dense = [name for name, shape in calls(grown) if shape in ((17, 12), (12, 17))]
+    assert set(dense) <= {"aten.t.default", "aten.detach.default"}, dense
+
+
+def test_dropout_acts_in_train_and_not_in_eval():
+    net, _ = adapted(dropout=0.5)
+    fit(net, optimizer_of(net), 5)
+    ids = torch.arange(11)
+    assert not torch.equal(net.train()(ids), net(ids))
+    assert torch.equal(net.eval()(ids), net(ids))
+    kept = merge_adapters(net)(ids)
+    torch.testing.assert_close(kept, net(ids))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_keeps_float32_adapters(device, dtype):
+    net = Net(device).to(dtype)
+    adapters = add_adapters(net, ["first", "second"], rank=4, init_rank=2)
+    optimizer = optimizer_of(net)
+    first = loss_of(net).item()
+    for step in range(40):
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+        if step == 5:
+            adapters["first"].grow(2, optimizer)
+    assert loss_of(net).item() < 0.8 * first
+    assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
+    merged = merge_adapters(net)
+    assert merged.first.weight.dtype == dtype
+
+
+def test_frozen_weights_never_change_and_hold_no_gradient():
+    net, adapters = adapted()
+    frozen = {name: p.detach().clone() for name, p in net.named_parameters() if "lora_" not in name}
+    optimizer = optimizer_of(net)
+    allocator = allocator_of(adapters, optimizer)
+    for t in range(1, 21):
+        fit(net, optimizer, 1, first=t)
+        allocator.step(t)
+    for name, p in net.named_parameters():
+        assert p.requires_grad == ("lora_" in name)
+        if name in frozen:
+            assert torch.equal(p, frozen[name]) and p.grad is None
+
+
+@every_device
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_is_unmerged(device, method):
+    net, _ = adapted(device, method)
+    fit(net, optimizer_of(net), 20)
+    ids = torch.arange(11, device=device)
+    before, weight = net(ids).detach(), net.first.base.weight.clone()
+    net.eval()(ids)
+    assert torch.equal(net.first.base.weight, weight)  # only merge_adapters merges
+    merge_adapters(net)
+    assert type(net.first) is nn.Linear and not find_adapters(net)
+    assert (net(ids) - before).norm() <= 1e-5 * before.norm()
+    assert "first.weight" in net.state_dict()
+
+
+def test_a_linear_with_two_names_gets_one_adapter():
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    net["c"] = net["a"]
+    adapters = add_adapters(net, "a|b|c", rank=2)
+    assert list(adapters) == ["a", "b"] and net["c"] is net["a"]
+    nn.init.ones_(net["a"].lora_B)
+    state, x = adapter_state_dict(net), torch.ones(4)
+    expected = net["c"](x)
+    assert not any(name.startswith("c.") for name in state)
+    merge_adapters(net)
+    assert net["c"] is net["a"] and torch.allclose(net["a"](x), expected, atol=1e-6)
+
+
+def test_targets_are_suffixes_or_regular_expressions():
+    names = lambda targets: list(add_adapters(GPT(GPTConfig(16, 8, 2, 1, 4)), targets, rank=1))
+    assert names(["q"]) == ["blocks.0.q", "blocks.1.q"]
+    assert names(["1.q", "v"]) == ["blocks.0.v", "blocks.1.q", "blocks.1.v"]
+    assert names(r"blocks\.0\.(q|o)") == ["blocks.0.q", "blocks.0.o"]
+    assert names("fc|proj") == ["blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj"]
+    with pytest.raises(InputError, match="targets c_attn: .* q, k, v, o, fc, proj"):
+        names(["q", "c_attn"])
+
+
+def test_orthogonality_is_the_formula_and_reaches_a_and_b():
+    net, adapters = adapted()
+    fit(net, optimizer_of(net), 5)
+    expected = sum(((m @ m.T if m is a.lora_A else m.T @ m) - torch.eye(a.rank)).pow(2).sum()
+                   for a in adapters.values() for m in (a.lora_A, a.lora_B)) / 2
+    penalty = train.orthogonality(adapters)
+    assert torch.allclose(penalty, expected)
+    net.zero_grad()
+    penalty.backward()
+    assert all(a.lora_A.grad.abs().sum() > 0 and a.lora_B.grad.abs().sum() > 0 for a in adapters.values())
+
+
+# ---------------------------------------------------------------- rank allocation
+
+def small_matrices(count: int, rank: int):
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(count)))
+    adapters = add_adapters(net, [str(i) for i in range(count)], rank=64, init_rank=rank)
+    return adapters, torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_the_budget_is_never_passed_and_met_when_planned_for_many_random_settings():
+    rng = random.Random(0)
+    met = 0
+    for _ in range(150):
+        count, init = rng.randint(1, 7), rng.randint(1, 4)
+        settings = {"target_rank": init + rng.randint(0, 4), "total_steps": rng.randint(3, 60), "rank_step": rng.randint(1, 5),
+                    "top_k": rng.randint(1, 9), "schedule": rng.choice([*SCHEDULES])}
+        settings |= {"warmup": rng.randrange(settings["total_steps"]), "interval": rng.randint(1, 5)}
+        adapters, optimizer = small_matrices(count, init)
+        try:
+            allocator = RankAllocator(adapters, optimizer, **settings)
+        except InputError as error:
+            assert "rank-step" in str(error)
+            continue
+        plan, seen = allocator.plan(), []
+        for t in range(1, settings["total_steps"] + 1):
+            for adapter in adapters.values():
+                nn.init.normal_(adapter.lora_L, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
+            grown = allocator.step(t)
+            assert allocator.total_rank <= allocator.budget == settings["target_rank"] * count
+            if grown:
+                seen.append((t, allocator.total_rank))
+                assert t > settings["warmup"] and (t - settings["warmup"]) % settings["interval"] == 0
+        assert seen == plan
+        met += bool(plan) and plan[-1][1] == allocator.budget
+    assert met > 50  # the loop above did test something
+
+
+def test_k_follows_the_formulas():
+    adapters, optimizer = small_matrices(50, 4)
+    for schedule in SCHEDULES:
+        allocator = RankAllocator(adapters, optimizer, schedule=schedule, target_rank=8, total_steps=310, warmup=10,
+                                  interval=10, top_k=7)
+        for t in range(0, 311):
+            for total in (200, 263, 399, 400):
+                m, rest = Fraction(t - 10, 300), 400 - total
+                if t <= 10 or t % 10 or rest == 0:
+                    assert allocator.count(t, total) == 0
+                    continue
+                exact = {"linear": m * rest, "exponential": Fraction(rest ** float(m)).limit_denominator(10 ** 9), "fixed": 7}
+                k = min(max(math.floor(exact[schedule]), 1), 50, rest)
+                assert allocator.count(t, total) == k, (schedule, t, total)
+
+
+def test_the_highest_scores_grow_and_ties_go_to_the_first():
+    adapters, optimizer = small_matrices(5, 2)
+    settings = {"schedule": "fixed", "target_rank": 4, "total_steps": 100, "warmup": 0, "interval": 1, "rank_step": 1}
+    allocator = RankAllocator(adapters, optimizer, top_k=2, **settings)
+    adapters["3"].lora_U.data[0] = 5.0
+    adapters["1"].lora_L.data[0] = 3.0
+    adapters["4"].lora_L.data[0] = 2.0
+    assert allocator.step(1) == ["3", "1"]
+    assert [a.rank for a in adapters.values()] == [2, 3, 2, 3, 2]
+    first = adapters["1"].importance() - 0  # growth has moved it ...
+    assert first != allocator.baseline["4"] and all(score == 0 for score in allocator.scores().values())  # ... not the score
+    assert allocator.step(2) == ["0", "1"]  # five ties at 0: module order, and no more than k
+    assert allocator.threshold == 0.0
+
+
+def test_the_score_is_the_change_of_importance_at_constant_rank():
+    adapters, optimizer = small_matrices(2, 2)
+    allocator = RankAllocator(adapters, optimizer, target_rank=3, total_steps=10, warmup=3, interval=3)
+    adapters["0"].lora_L.data[0] = 9.0
+    assert allocator.scores()["0"] > 1
+    allocator.step(3)  # the end of warm-up: what moved before does not count
+    assert allocator.scores() == {"0": 0.0, "1": 0.0}
+    adapters["1"].lora_L.data[0] += 1.0
+    assert math.isclose(allocator.scores()["1"], (math.hypot(2, 1) - math.hypot(1, 1)) / 2, rel_tol=1e-6)
+    assert allocator.step(6) == ["1"]
+
+
+def test_an_optimiser_without_the_adapters_is_refused():
+    net, adapters = adapted()
+    optimizer = torch.optim.AdamW([adapters["first"].lora_A])
+    with pytest.raises(InputError, match="optimizer: it lacks"):
+        allocator_of(adapters, optimizer)
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"warmup": 20}, "warmup 20"), ({"warmup": -1}, "warmup -1"), ({"interval": 0}, "interval 0"),
+    ({"rank_step": 0}, "rank-step 0"), ({"top_k": 0}, "top-k 0"), ({"interval": 18, "rank_step": 1}, "rank-step 1"),
+])
+def test_growth_settings_out_of_range_are_named(settings, said):
+    net, adapters = adapted()
+    with pytest.raises(InputError, match=said):
+        allocator_of(adapters, optimizer_of(net), **settings)
+
+
+# ---------------------------------------------------------------- saving and loading
+
+def test_saved_adapters_load_into_a_fresh_base_by_their_shapes():
+    net, adapters = adapted()
+    optimizer = optimizer_of(net)
+    adapters["first"].grow(3, optimizer)
+    fit(net, optimizer, 10)
+    state = {name: tensor.clone() for name, tensor in adapter_state_dict(net).items()}
+    assert all("lora_" in name for name in state)
+    other, _ = adapted()
+    load_adapter_state_dict(other, state)
+    assert other.first.rank == 5 and other.second.rank == 2
+    assert torch.equal(other(torch.arange(11)), net(torch.arange(11)))
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda s: s.pop("second.lora_U"), "second.lora_U"),
+    (lambda s: s.update({"third.lora_A": torch.ones(1)}), "third.lora_A"),
+    (lambda s: s.update({"second.lora_B": torch.ones(7, 2)}), r"second.lora_B: .*\[5, 2\].*\[7, 2\]"),
+    (lambda s: s.update({"first.lora_A": torch.ones(1, 6)}), r"first.lora_A: .*\[2, 6\].*\[1, 6\]"),
+    (lambda s: s["second.lora_L"].fill_(math.nan), "second.lora_L"),
+])
+def test_an_adapter_that_does_not_fit_changes_nothing(spoil, said):
+    state = {name: tensor + 1 for name, tensor in adapter_state_dict(adapted()[0]).items()}
+    spoil(state)
+    net, _ = adapted()
+    before = net(torch.arange(11)).detach()
+    with pytest.raises(InputError, match=said):
+        load_adapter_state_dict(net, state)
+    assert torch.equal(net(torch.arange(11)), before)
+
+
+# ---------------------------------------------------------------- the model and the data
+
+@every_device
+def test_gpt_is_causal_and_generates_from_a_seed(device):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 16, 2, 2, 8)).to(device)
+    ids = torch.randint(50, (3, 16), device=device)
+    changed = ids.clone()
+    changed[:, 9] += 1
+    changed %= 50
+    same = (model(ids) - model(changed)).abs().amax((0, 2)) < 1e-6
+    assert same[:9].all() and not same[9:].any()
+    texts = [generate(model, ids[:1], 40, generator=torch.Generator().manual_seed(s)).tolist() for s in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2] and len(texts[0][0]) == 56
+
+
+def test_the_embedded_corpora_are_there_and_prose_never_repeats():
+    code = list(data.code_documents())
+    assert 5e6 < sum(map(len, code)) < 2e7 and len(code) > 300
+    paragraphs = "".join(data.prose_documents()).split("\n\n")
+    paragraphs = [p for p in paragraphs if p]
+    assert len(paragraphs) == len(set(paragraphs)) and sum(map(len, paragraphs)) > 2e5
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty working folder with a text and a tiny base model in it."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    words = ["tri", "angle", "rank", "grows", "the", "a", "lower", "upper", "core", "of"]
+    Path("text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(300)))
+    tokenizer = data.train_tokenizer(data.file_documents(Path("text.txt")), 300)
+    torch.manual_seed(0)
+    config = GPTConfig(tokenizer.get_vocab_size(), 16, 2, 2, 16)
+    data.save(Path("base.pt"), {"config": asdict(config), "tokenizer": tokenizer.to_str(), "model": GPT(config).state_dict()})
+    return tmp_path
+
+
+TINY = ["--base", "base.pt", "--data", "text.txt", "--device", "cpu", "--steps", "30", "--batch-size", "4", "--out", "out"]
+
+
+def test_batches_depend_on_seed_and_step_and_evaluation_reads_each_token_once(home):
+    tokenizer = data.train_tokenizer(data.file_documents(Path("text.txt")), 300)
+    first, again, other = (data.TextData("text.txt", tokenizer, 16, 4, seed) for seed in (0, 0, 1))
+    x, y = first.batch(7)
+    assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x, again.batch(7)[0]) and not torch.equal(x, other.batch(7)[0])
+    assert not torch.equal(x, first.batch(8)[0])
+    seen = torch.cat([y.flatten() for _, y in first.batches("val")])
+    assert torch.equal(seen, torch.from_numpy(first.tokens["val"][1:len(seen) + 1].astype(np.int64)))
+    assert len(first.tokens["val"]) - len(seen) <= 16
+    text = "".join(data.file_documents(Path("text.txt")))
+    assert text == Path("text.txt").read_text()
+    ids = np.concatenate([first.tokens[split] for split in data.SPLITS])
+    assert len(tokenizer.decode(ids.tolist())) == len(text)  # every document is in exactly one split
+
+
+# ---------------------------------------------------------------- train.py
+
+def test_a_run_writes_its_files_and_grows_to_the_budget(home, capsys):
+    train.main([*TINY, "--schedule", "linear", "--rank", "4", "--orth", "0.001"])
+    assert {p.name for p in Path("out").iterdir()} == {"config.json", "log.jsonl", "adapter.pt", "checkpoint.pt", "run.png"}
+    log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [entry["kind"] for entry in log if entry["kind"] != "allocation"] == ["start"] + ["eval"] * 10 + ["end"]
+    assert log[-1]["test_loss"] < log[0]["test_loss"] - 0.03
+    assert log[-1]["total_rank"] == 4 * 12 and all(len(e["score"]) == len(e["ranks"]) == 12 for e in log)
+    assert log[0]["trainable"] < log[-1]["trainable"] == log[-1]["peak_trainable"]
+    assert json.loads(Path("out/config.json").read_text())["init_rank"] == 2
+    state = torch.load("out/adapter.pt", weights_only=True)
+    assert all(".lora_" in name for name in state)
+    assert {name: len(state[f"{name}.lora_A"]) for name in log[-1]["ranks"]} == log[-1]["ranks"]
+    told = capsys.readouterr().out
+    for piece in ("device", "12 matrices", "of a budget of 48", "allocations from step 1 to step", "grown:", "tokens/s",
+                  "perplexity", "s of growth", "run.png"):
+        assert piece in told, piece
+
+
+@pytest.mark.parametrize("method, schedule", [("full", "none"), ("lora", "none"), ("triadapt", "none"), ("triadapt", "fixed"),
+                                              ("triadapt", "exponential")])
+def test_every_method_and_schedule_learns(home, method, schedule):
+    log = train.main([*TINY, "--method", method, "--schedule", schedule, "--dropout", "0.1"]).log
+    assert log[-1]["test_loss"] < log[0]["test_loss"] - 0.03
+    if method != "full":
+        assert log[-1]["total_rank"] == 8 * 12
+
+
+def test_a_budget_out_of_reach_is_a_warning_before_the_first_step(home, capsys):
+    train.main([*TINY, "--schedule", "fixed", "--top-k", "1", "--interval", "2"])
+    told = capsys.readouterr().out
+    assert "warning" in told and told.index("warning") < told.index("\nstep ")
+
+
+def outcome(folder: str) -> tuple:
+    """All that a run computed: everything but the times."""
+    checkpoint = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+    log = [{k: v for k, v in e.items() if "seconds" not in k and "per_second" not in k and k != "settings"}
+           for e in checkpoint["progress"]["log"]]
+    optimizer = checkpoint["optimizer"]["state"]
+    return checkpoint["trained"], optimizer, log
+
+
+def assert_same_bits(a, b) -> None:
+    assert type(a) is type(b)
+    if torch.is_tensor(a):
+        assert torch.equal(a, b)
+    elif isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(sorted(a.items()), sorted(b.items())) if isinstance(a, dict) else zip(a, b):
+            assert_same_bits(x, y)
+    else:
+        assert a == b or a != a and b != b
+
+
+def interrupt_at(step: int, monkeypatch) -> None:
+    """Ctrl-C while `step` is under way."""
+    batch = data.TextData.batch
+
+    def interrupted(self, t):
+        if t == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, t)
+
+    monkeypatch.setattr(data.TextData, "batch", interrupted)
+
+
+@pytest.mark.parametrize("method, stop", [("triadapt", 4), ("triadapt", 6), ("triadapt", 29), ("full", 11)])
+def test_resume_ends_with_the_bits_of_an_uninterrupted_run(home, monkeypatch, capsys, method, stop):
+    arguments = [*TINY, "--method", method, "--dropout", "0.1"]
+    train.main(arguments)
+    assert_same_bits(outcome("out"), outcome("out"))
+    with monkeypatch.context() as patch:
+        interrupt_at(stop, patch)
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*arguments, "--out", "cut"])
+    assert stopped.value.code == 130 and "train.py --resume cut" in capsys.readouterr().out
+    assert torch.load("cut/checkpoint.pt", weights_only=True)["progress"]["step"] == stop
+    train.main(["--resume", "cut"])
+    assert_same_bits(outcome("out"), outcome("cut"))
+
+
+def test_another_seed_is_another_run(home):
+    train.main(TINY)
+    train.main([*TINY, "--seed", "1", "--out", "other"])
+    with pytest.raises(AssertionError):
+        assert_same_bits(outcome("out"), outcome("other"))
+
+
+def spoil(path: str, content: bytes) -> str:
+    Path(path).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--targets", "q", "c_attn"], "targets c_attn: .* q, k, v, o, fc, proj"),
+    (["--targets", "("], r"targets \(: not a regular expression"),
+    (["--rank", "0"], "rank 0"),
+    (["--rank", "four"], "--rank.*four"),
+    (["--rank", "4", "--init-rank", "5"], "rank 4, init-rank 5"),
+    (["--rank", "12", "--init-rank", "1", "--interval", "15"], "rank-step 1: .* raise rank-step"),
+    (["--warmup", "30"], "warmup 30"),
+    (["--dropout", "1"], "dropout 1"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--steps", "0"], "--steps 0"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--method", "lora", "--schedule", "linear"], "--schedule linear: --method lora"),
+    (["--method", "dora"], "--method.*dora"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--nonsense"], "--nonsense"),
+    (["--data", "missing.txt"], "--data missing.txt: No such file"),
+    (["--data", "."], "--data .: Is a directory"),
+    (["--data", "empty.txt"], "--data empty.txt: the file is empty"),
+    (["--data", "latin.txt"], "--data latin.txt: not UTF-8"),
+    (["--data", "short.txt"], "--data short.txt: .* shorter than one context"),
+    (["--base", "missing.pt"], "missing.pt: no such file"),
+    (["--base", "cut.pt"], "cut.pt: damaged"),
+    (["--base", "text.txt"], "text.txt: damaged"),
+    (["--base", "other.pt"], "other.pt: holds no base model"),
+    (["--base", "narrow.pt"], r"wpe.weight: .*\[16, 16\].*\[8, 16\]"),
+    (["--resume", "nowhere"], "--resume nowhere"),
+])
+def test_bad_input_gets_one_clear_line(home, arguments, said):
+    spoil("empty.txt", b""), spoil("latin.txt", "naïve ".encode("latin-1") * 500), spoil("short.txt", b"too short a text\n" * 3)
+    base = Path("base.pt").read_bytes()
+    spoil("cut.pt", base[:len(base) // 2])
+    data.save(Path("other.pt"), {"step": 1})
+    content = data.load(Path("base.pt"))
+    content["model"]["wpe.weight"] = content["model"]["wpe.weight"][:8]
+    data.save(Path("narrow.pt"), content)
+    with pytest.raises(InputError, match=said) as error:
+        train.main(arguments if "--resume" in arguments else [*TINY, *arguments])
+    assert "\n" not in str(error.value) and not Path("out").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_or_is_cut_short_is_refused(home):
+    train.main([*TINY, "--rank", "2", "--steps", "4"])
+    whole = Path("out/checkpoint.pt").read_bytes()
+    spoil("out/checkpoint.pt", whole[:-100])
+    with pytest.raises(InputError, match="checkpoint.pt: damaged"):
+        train.main(["--resume", "out"])
+    content = torch.load(spoil("out/checkpoint.pt", whole), weights_only=True)
+    content["trained"]["blocks.0.q.lora_B"] = torch.ones(9, 2)
+    data.save(Path("out/checkpoint.pt"), content)
+    with pytest.raises(InputError, match=r"blocks.0.q.lora_B: .*\[16, \d\].*\[9, 2\]"):
+        train.main(["--resume", "out"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(home, monkeypatch):
+    original = train.batch_loss
+    calls = []
+
+    def broken(model, batch, device):
+        calls.append(model.training)
+        return original(model, batch, device) * (math.nan if sum(calls) > 7 else 1.0)
+
+    monkeypatch.setattr(train, "batch_loss", broken)
+    with pytest.raises(InputError, match="--lr .*: the loss is not finite at step 8"):
+        train.main([*TINY, "--eval-interval", "5"])
+    assert torch.load("out/checkpoint.pt", weights_only=True)["progress"]["step"] == 5
+
+
+def test_the_command_line_ends_with_code_2_and_one_line(home):
+    result = subprocess.run([sys.executable, str(HERE / "train.py"), "--data", "missing.txt", "--base", "base.pt"],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("train.py: --data missing.txt")
+
+
+def test_help_shows_groups_defaults_and_fewer_than_35_options():
+    text = subprocess.run([sys.executable, str(HERE / "train.py"), "--help"], capture_output=True, text=True).stdout
+    for group in ("data:", "base model:", "adapter:", "growth:", "training:", "output:"):
+        assert f"\n{group}\n" in text
+    assert "[300]" in text and text.count("\n  --") < 35
+
+
+def test_the_core_stays_small():
+    lines = {name: len((HERE / name).read_text().splitlines()) for name in ("triadapt.py", "model.py", "data.py", "train.py")}
+    assert max(lines.values()) <= 300 and sum(lines.values()) < 800, lines
