@@ -10,10 +10,11 @@ for testing. Tokens are cached on disk under a name that hashes the text and the
 """
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -57,16 +58,10 @@ def code_documents() -> Iterator[str]:
             yield path.read_text(encoding="utf-8", errors="replace")
 
 def prose_documents() -> Iterator[str]:
-    """The language reference, each paragraph once (topics repeat each other, and a repeat would leak into the
-    test split), in pieces of about 4000 characters."""
-    paragraphs = dict.fromkeys(p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n"))
-    piece = ""
-    for paragraph in paragraphs:
-        piece += paragraph + "\n\n"
-        if len(piece) >= 4000:
-            yield piece
-            piece = ""
-    yield piece
+    """The language reference, 20 paragraphs a piece, each paragraph once: a repeat could leak into the test split."""
+    paragraphs = [*dict.fromkeys(p.strip("\n") for name in sorted(topics) for p in topics[name].split("\n\n"))]
+    for i in range(0, len(paragraphs), 20):
+        yield "\n\n".join(paragraphs[i:i + 20])
 
 def file_documents(path: Path) -> Iterator[str]:
     """A UTF-8 text file of any size, in pieces of whole lines: at least 40 of them, none above 64 Ki characters.
@@ -86,29 +81,28 @@ def file_documents(path: Path) -> Iterator[str]:
     except OSError as error:
         raise InputError(f"--data {path}: {error.strerror}; give a text file, or one of: prose, code") from None
 
-def corpus(name: str) -> Callable[[], Iterator[str]]:
-    """The documents of `code`, `prose` or the text file called `name`, as a function that reads them afresh."""
-    embedded = {"code": code_documents, "prose": prose_documents}
-    return embedded.get(name, lambda: file_documents(Path(name)))
+def documents(name: str) -> Iterator[str]:
+    """The documents of `code`, of `prose`, or of the text file `name`."""
+    return {"code": code_documents, "prose": prose_documents}.get(name, lambda: file_documents(Path(name)))()
 
-def text_hash(documents: Iterable[str]) -> str:
+def text_hash(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.encode() + b"\0")
+    for text in texts:
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer, as GPT-2's: it has every byte, so no text is unknown to it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     return tokenizer
 
-def load_tokens(documents: Callable[[], Iterator[str]], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """{split: token numbers}, memory-mapped from the cache, where they are written document by document if need be."""
-    key = text_hash([tokenizer.to_str(), *documents()])
+def load_tokens(name: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """{split: token numbers} of a corpus, memory-mapped from the cache; made there document by document at need."""
+    key = text_hash(itertools.chain([tokenizer.to_str()], documents(name)))
     paths = {split: CACHE / f"tokens-{key}-{split}.bin" for split in SPLITS}
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     if not all(path.exists() for path in paths.values()):
@@ -116,13 +110,14 @@ def load_tokens(documents: Callable[[], Iterator[str]], tokenizer: Tokenizer) ->
         end = tokenizer.token_to_id(END_OF_TEXT)
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(f"{path}.{os.getpid()}", "wb")) for path in paths.values()]
-            for i, document in enumerate(documents()):
+            for i, document in enumerate(documents(name)):
                 ids = tokenizer.encode(document, add_special_tokens=False).ids + [end]
                 files[max(0, i % 10 - 7)].write(np.array(ids, dtype).tobytes())
         for file, path in zip(files, paths.values()):
             os.replace(file.name, path)
     # A file without bytes can't be mapped.
-    return {split: np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype) for split, path in paths.items()}
+    return {split: np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+            for split, path in paths.items()}
 
 class TextData:
     """Batches of a corpus: (inputs, targets), each (batch, context), int64, on the CPU.
@@ -131,7 +126,7 @@ class TextData:
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, context: int, batch_size: int, seed: int):
-        self.tokens = load_tokens(corpus(name), tokenizer)
+        self.tokens = load_tokens(name, tokenizer)
         self.context, self.batch_size, self.seed, self.batch_tokens = context, batch_size, seed, batch_size * context
         for split, ids in self.tokens.items():
             if len(ids) <= context:
@@ -145,7 +140,8 @@ class TextData:
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The training batch of a step, a function of (seed, step) alone: resuming needs no position."""
         generator = np.random.default_rng((self.seed, step))
-        return self._windows("train", generator.integers(len(self.tokens["train"]) - self.context, size=self.batch_size))
+        starts = generator.integers(len(self.tokens["train"]) - self.context, size=self.batch_size)
+        return self._windows("train", starts)
 
     def batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The split in order, in windows that do not overlap, EVAL_WINDOWS at most."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import CACHE, TextData, corpus, load, save, text_hash, train_tokenizer
+from data import CACHE, TextData, documents, load, save, text_hash, train_tokenizer
 from model import GPT, GPTConfig, generate
 from plots.run import draw_run, tell
 from triadapt import (METHODS, SCHEDULES, InputError, RankAllocator, adapter_state_dict, add_adapters, find_adapters,
@@ -41,7 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     def option(name: str, default, text: str, **more):
         text = text if default is None else f"{text} [{default}]"
-        group.add_argument(name, default=default, help=text, **({"type": type(default)} | more))
+        kind = str if default is None else type(default)
+        group.add_argument(name, default=default, help=text, **({"type": kind} | more))
 
     group = parser.add_argument_group("data")
     option("--data", "prose", "corpus: prose, code, or a UTF-8 text file")
@@ -54,13 +55,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--rank", 8, "target rank; the budget is rank x matrices")
     option("--alpha", 16.0, "scale of the update, s = alpha / rank")
     option("--init-rank", None, "rank at the start [half the rank if it is to grow, else the rank]", type=int)
-    option("--targets", ["q", "k", "v", "o", "fc", "proj"], "names of the matrices to adapt, or regular expressions",
-           type=str, nargs="+")
+    option("--targets", "q k v o fc proj".split(), "matrices: names, or regular expressions", type=str, nargs="+")
     option("--dropout", 0.0, "probability that an adapter's input is dropped in training")
     option("--orth", 0.0, "weight in the loss of the orthogonality penalty on A and B")
     group = parser.add_argument_group("growth")
-    option("--schedule", None, "how many matrices grow [linear if the method can grow, else none]", type=str,
-           choices=[*SCHEDULES, "none"])
+    schedules = [*SCHEDULES, "none"]
+    option("--schedule", None, "how many matrices grow [linear if they can, else none]", choices=schedules)
     option("--rank-step", 1, "ranks that a matrix grows by at once")
     option("--interval", None, "steps between allocations [1 %% of the steps]", type=int)
     option("--warmup", None, "steps before growth begins [2 %% of the steps]", type=int)
@@ -72,29 +72,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--device", None, "torch device, such as cuda:1 [the accelerator if there is one, else the CPU]", type=str)
     option("--compile", False, "torch.compile the model", type=None, action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("output")
-    option("--eval-interval", None, "steps between evaluations, each with a checkpoint [a tenth of the steps]", type=int)
+    option("--eval-interval", None, "steps between evaluations and checkpoints [a tenth of the steps]", type=int)
     option("--out", None, "folder of the results [runs/METHOD-SCHEDULE]", type=str)
     option("--resume", None, "folder of an interrupted run to finish, with its own settings", type=str)
     args = parser.parse_args(argv)
     if args.resume:
-        try:
-            settings = json.loads((Path(args.resume) / "config.json").read_text())
-        except (OSError, ValueError):
-            raise InputError(f"--resume {args.resume}: no run is there, as it has no readable config.json") from None
+        settings = load(Path(args.resume, "checkpoint.pt"))["settings"]
         return argparse.Namespace(**settings | {"resume": args.resume, "out": args.resume})
-
     grows = hasattr(METHODS.get(args.method), "importance")
     args.schedule = args.schedule or ("linear" if grows else "none")
     if args.schedule != "none" and not grows:
         raise InputError(f"--schedule {args.schedule}: --method {args.method} can't grow; leave --schedule out")
     # Growth begins early, at half the rank: a rank grown late finds little left of a learning rate that falls.
-    defaults = {"init_rank": args.rank if args.schedule == "none" else (args.rank + 1) // 2, "warmup": args.steps // 50,
-                "interval": max(1, args.steps // 100), "eval_interval": max(1, args.steps // 10),
-                "lr": LEARNING_RATE[args.method], "out": f"runs/{args.method}-{args.schedule}"}
+    defaults = {"init_rank": args.rank if args.schedule == "none" else (args.rank + 1) // 2,
+                "warmup": args.steps // 50, "interval": max(1, args.steps // 100),
+                "lr": LEARNING_RATE[args.method], "eval_interval": max(1, args.steps // 10),
+                "out": f"runs/{args.method}-{args.schedule}"}
     for name, default in defaults.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    least = {"batch_size": 1, "base_steps": 1, "steps": 1, "eval_interval": 1, "seed": 0, "lr": 0, "alpha": 0, "orth": 0}
-    for name, low in least.items():
+    for name, low in {"batch_size": 1, "base_steps": 1, "steps": 1, "eval_interval": 1, "seed": 0, "lr": 0, "alpha": 0,
+                      "orth": 0}.items():
         if not low <= getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {low} or more, and finite")
     return args
@@ -108,21 +105,20 @@ def pick_device(name: str | None) -> torch.device:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; try cpu") from None
 
 def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """The base model and its tokenizer: new for `scratch`; from a file; or, for `code`, from the run that pretrains it."""
+    """The base model and its tokenizer: new for `scratch`, pretrained once for `code`, else from a file."""
     path = Path(args.base)
     if args.base == "scratch":
         torch.manual_seed(0)
-        return GPT(GPTConfig()).to(device), train_tokenizer(corpus(args.data)(), GPTConfig().vocab_size)
+        return GPT(GPTConfig()).to(device), train_tokenizer(documents(args.data), GPTConfig().vocab_size)
     if args.base == "code":
+        recipe = ["--base", "scratch", "--data", "code", "--method", "full", "--lr", "1.5e-3", "--device", str(device),
+                  "--steps", str(args.base_steps), "--eval-interval", str(args.base_steps)]
         source = Path(sys.modules[GPT.__module__].__file__).read_text()
-        key = text_hash([*corpus("code")(), source, f"{GPTConfig()} {args.base_steps} {device.type} {torch.__version__}"])
-        path = CACHE / f"base-{key}.pt"
+        path = CACHE / f"base-{text_hash([*documents('code'), source, *recipe, torch.__version__])}.pt"
         if not path.exists():
             say("no base model is cached yet: it is pretrained on code first")
             folder = str(path.with_suffix(""))
-            run = main(["--resume", folder] if Path(folder, "checkpoint.pt").exists() else [
-                "--base", "scratch", "--data", "code", "--method", "full", "--lr", "3e-3", "--steps", str(args.base_steps),
-                "--device", str(device), "--out", folder])
+            run = main(["--resume", folder] if Path(folder, "checkpoint.pt").exists() else [*recipe, "--out", folder])
             run.export(path)
     base = load(path)
     try:
@@ -134,7 +130,7 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Toke
     return model.to(device), tokenizer
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The rate of step 1 ... steps: up over the first 3 % of the run, then down a half cosine to a tenth of the peak."""
+    """The rate of step 1 ... steps: up over the first 3 %, then down a half cosine to a tenth of the peak."""
     rise = max(1, round(0.03 * steps))
     fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))
     return peak * min(step / rise, 0.1 + 0.9 * fall)
@@ -178,11 +174,11 @@ class Run:
                 self.allocator.load_state_dict(saved["allocator"])
 
     def save(self) -> None:
-        trained = adapter_state_dict(self.model)
         progress = {name: getattr(self, name) for name in ("step", "log", "losses", "seconds", "growth_seconds")}
-        save(self.out / "checkpoint.pt", {"trained": trained, "optimizer": self.optimizer.state_dict(), "progress": progress,
-                                          "allocator": self.allocator.state_dict() if self.allocator else None})
-        save(self.out / "adapter.pt", trained)
+        state = {"settings": vars(self.args), "progress": progress, "trained": adapter_state_dict(self.model),
+                 "optimizer": self.optimizer.state_dict(), "allocator": self.allocator and self.allocator.state_dict()}
+        save(self.out / "checkpoint.pt", state)
+        save(self.out / "adapter.pt", state["trained"])
         save(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
     def export(self, path: Path) -> None:
@@ -193,21 +189,23 @@ class Run:
     def note(self, kind: str, **values) -> None:
         """Log `values`, the size of what is trained, and each matrix's rank, importance and score; and say so."""
         ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
-        growth = {"importance": self.allocator.importances(), "score": self.allocator.scores()} if self.allocator else {}
-        self.log.append({"kind": kind, "step": self.step, **values, "total_rank": sum(ranks.values()), "ranks": ranks,
-                         "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad), **growth})
+        allocator = self.allocator
+        growth = {"score": allocator.scores(), "importance": allocator.importances()} if allocator else {}
+        self.log.append({"kind": kind, "step": self.step, "total_rank": sum(ranks.values()), "ranks": ranks, **growth,
+                         "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad), **values})
         say(tell(self.log))
 
     @torch.no_grad()
     def evaluate(self, split: str) -> float:
         """Mean loss over a split, in nats per token."""
         self.model.eval()
-        sums = [(batch_loss(self.model, batch, self.device).item(), batch[1].numel()) for batch in self.data.batches(split)]
+        losses, sizes = zip(*((batch_loss(self.model, batch, self.device).item(), len(batch[0]))
+                              for batch in self.data.batches(split)))
         self.model.train()
-        return sum(loss * tokens for loss, tokens in sums) / sum(tokens for _, tokens in sums)
+        return sum(loss * size for loss, size in zip(losses, sizes)) / sum(sizes)
 
     def test(self) -> dict:
-        """The test loss, and how the model goes on after the test split's first words, with the same draws each time."""
+        """The test loss, and how the model goes on after the split's first words, with the same draws each time."""
         prompt = torch.from_numpy(self.data.tokens["test"][None, :16].astype("int64")).to(self.device)
         text = generate(self.model.eval(), prompt, 60, generator=torch.Generator().manual_seed(0))[0].tolist()
         return {"test_loss": self.evaluate("test"), "sample": self.tokenizer.decode(text)}
@@ -220,10 +218,12 @@ class Run:
         self.note("start", device=str(self.device), settings=vars(self.args), parameters=total, **plan, **self.test())
 
     def train(self) -> None:
-        """The loop. All that is random in a step comes from (seed, step), so a checkpoint needs no generator's state."""
+        """The loop. All chance in a step comes from (seed, step), so that a checkpoint needs no generator's state."""
+        if not self.log:
+            self.start()
         args, interrupts = self.args, []
         model = torch.compile(self.model, dynamic=True) if args.compile else self.model
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the step under way is finished
+        signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the step under way is finished
         for step in tqdm(range(self.step + 1, args.steps + 1), initial=self.step, total=args.steps, disable=None):
             began = time.perf_counter()
             torch.manual_seed((args.seed << 32) + step)
@@ -244,7 +244,8 @@ class Run:
             self.growth_seconds += time.perf_counter() - updated
             self.losses.append(loss.item())
             if grown:
-                self.note("allocation", grown=grown, threshold=self.allocator.threshold)
+                scores = self.allocator.decided
+                self.note("allocation", grown=grown, score=scores, threshold=min(scores[name] for name in grown))
             if step % args.eval_interval == 0 or step == args.steps:
                 self.note("eval", train_loss=sum(self.losses) / len(self.losses), penalty=penalty.item(),
                           val_loss=self.evaluate("val"), tokens_per_second=step * self.data.batch_tokens / self.seconds)
@@ -254,21 +255,17 @@ class Run:
             if interrupts:
                 say(f"stopped after step {step}; to go on: python train.py --resume {self.out}")
                 sys.exit(130)
-        signal.signal(signal.SIGINT, handler)
-
-    def finish(self) -> None:
-        """Measure the adapted model, and draw run.png."""
         self.note("end", **self.test(), seconds=self.seconds, growth_seconds=self.growth_seconds,
                   peak_trainable=max(entry["trainable"] for entry in self.log))
         self.save()
         say(f"look at {draw_run(self.out)}; beside it: config.json log.jsonl adapter.pt checkpoint.pt")
 
 def main(argv: list[str] | None = None) -> Run:
-    run = Run(parse_args(argv))
-    if not run.log:
-        run.start()
-    run.train()
-    run.finish()
+    run, handler = Run(parse_args(argv)), signal.getsignal(signal.SIGINT)
+    try:
+        run.train()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return run
 
 if __name__ == "__main__":

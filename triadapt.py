@@ -190,8 +190,8 @@ SCHEDULES = {
 class RankAllocator:
     """Every `interval` steps after `warmup`, grows the k matrices of highest score by rank_step, up to the budget.
 
-    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go to
-    the first in module order. A score is the change of importance() since the last allocation; growth does not score.
+    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go
+    to the first in module order. A score is the change of importance() since the last allocation; growth is no change.
     Raises InputError for numbers out of range, or too small to reach the budget.
     """
 
@@ -201,8 +201,8 @@ class RankAllocator:
         self.total_steps, self.warmup, self.interval, self.rank_step = total_steps, warmup, interval, rank_step
         self.budget = target_rank * len(adapters)
         if min(interval, rank_step, top_k) < 1 or not 0 <= warmup < total_steps:
-            raise InputError(f"interval {interval}, rank-step {rank_step}, top-k {top_k}, warmup {warmup}: the first three "
-                             f"must be 1 or more, warmup from 0 to below the {total_steps} steps")
+            raise InputError(f"interval {interval}, rank-step {rank_step}, top-k {top_k}, warmup {warmup}: the first "
+                             f"three must be 1 or more, warmup from 0 to below the {total_steps} steps")
         gap, times = self.budget - self.total_rank, (total_steps - warmup) // interval
         if times * len(adapters) * rank_step < gap:
             raise InputError(f"rank-step {rank_step}: {times} allocations can't add the {gap} ranks of the budget; "
@@ -210,8 +210,9 @@ class RankAllocator:
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if not all(p in held for a in adapters.values() for p in a.parameters() if p.requires_grad):
             raise InputError("optimizer: it lacks parameters of the adapters; make it after add_adapters")
-        self.baseline, self.threshold = self.importances(), math.nan
-        optimizer.register_step_pre_hook(pace_young)
+        self.baseline, self.decided = self.importances(), {}  # decided: the scores of the last allocation
+        if pace_young not in optimizer._optimizer_step_pre_hooks.values():  # once, whatever the number of allocators
+            optimizer.register_step_pre_hook(pace_young)
 
     @property
     def total_rank(self) -> int:
@@ -244,11 +245,11 @@ class RankAllocator:
 
     def step(self, t: int) -> list[str]:
         """Call after optimiser step t = 1, 2, ..., total_steps. Returns the names of the matrices that grew."""
-        k = self.count(t, self.total_rank)
-        scores = self.scores() if k else {}
-        grown = sorted(scores, key=scores.get, reverse=True)[:k]  # stable: ties stay in module order
+        grown = []
+        if k := self.count(t, self.total_rank):
+            self.decided = self.scores()
+            grown = sorted(self.decided, key=self.decided.get, reverse=True)[:k]  # stable: ties stay in module order
         for name in grown:
-            self.threshold = scores[name]  # of the last one: the k-th largest score
             self.adapters[name].grow(min(self.rank_step, self.budget - self.total_rank), self.optimizer)
         if grown or t == self.warmup:
             self.baseline = self.importances()
@@ -277,9 +278,9 @@ def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
 def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:
     """Before an optimiser step, set second moments such that new entries move as in a freshly started Adam.
 
-    Adam corrects its moments by the tensor's step count t. An entry of age k has summed k gradients only, and would move
-    sqrt(c) times too fast, up to 6: c = ((1 - b1^k) / (1 - b1^t))^2 (1 - b2^t) / (1 - b2^k). So its exp_avg_sq is kept
-    at c times the fresh one's; where c < 1 it is left, as slower than fresh does no harm.
+    Adam corrects its moments by the tensor's step count t, but an entry of age k has summed k gradients only. It would
+    move sqrt(c) times too fast, up to 6: c = ((1 - b1^k) / (1 - b1^t))^2 (1 - b2^t) / (1 - b2^k). So its exp_avg_sq is
+    kept at c times the fresh one's; where c < 1 it is left, as slower than fresh does no harm.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
