@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -359,6 +360,22 @@ def test_orthogonality_is_the_formula_and_reaches_a_and_b():
     net.zero_grad()
     penalty.backward()
     assert all(a.lora_A.grad.abs().sum() > 0 and a.lora_B.grad.abs().sum() > 0 for a in adapters.values())
+
+
+def test_code_that_reads_the_weight_gets_the_adapted_one():
+    """torch's attention and the fast path of its encoder never call their Linears."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+    adapters = add_adapters(model, ["linear1", "out_proj"], rank=2)
+    x = torch.randn(3, 5, 8)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.lora_B)
+    trained = model.train()(x)
+    trained.sum().backward()
+    assert all(a.lora_B.grad.abs().sum() > 0 and a.lora_L.grad.abs().sum() > 0 for a in adapters.values())
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), trained, atol=1e-5)
+        assert torch.allclose(merge_adapters(model)(x), trained, atol=1e-5)
 
 
 # ---------------------------------------------------------------- rank allocation
@@ -721,6 +738,44 @@ def test_help_shows_groups_defaults_and_fewer_than_35_options():
     for group in ("data:", "base model:", "adapter:", "growth:", "training:", "output:"):
         assert f"\n{group}\n" in text
     assert "[300]" in text and text.count("\n  --") < 35
+
+
+def readme_code(marker: str) -> str:
+    """The Python block that follows <!-- marker --> in README.md."""
+    return re.search(rf"<!-- {marker} -->\n```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+
+
+def test_readme_own_model_runs():
+    torch.manual_seed(0)
+    names = {}
+    exec(readme_code("own model"), names)
+    assert len(names["adapters"]) == 5 and names["allocator"].total_rank == names["allocator"].budget == 20
+    assert not find_adapters(names["model"]) and names["loss"] < 1.5
+
+
+def test_readme_fork_trains_grows_saves_and_draws(home):
+    Path("diagonal.py").write_text(readme_code("fork"))
+    arguments = [sys.executable, "diagonal.py", *TINY, "--method", "diagonal", "--rank", "4"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert log[-1]["total_rank"] == 4 * 12 > log[0]["total_rank"] and Path("out/run.png").stat().st_size > 10_000
+    assert torch.load("out/adapter.pt", weights_only=True)["blocks.0.q.lora_E"].shape == (log[-1]["ranks"]["blocks.0.q"],)
+
+
+def test_readme_tables_are_what_the_results_give():
+    from plots.readme import render
+    text = (HERE / "README.md").read_text()
+    assert render(text) == text
+
+
+def test_the_sweep_of_the_defaults_runs_and_goes_on_where_it_was(home):
+    command = [sys.executable, str(HERE / "plots" / "defaults.py"), "--seeds", "1", "--steps", "8", "--part", "0/7", "--results",
+               "cells.jsonl", "--base", "base.pt", "--data", "text.txt"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0 and first.stdout.count("test loss") == 3, first.stderr
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == "" and len(Path("cells.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_core_stays_small():

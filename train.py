@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--batch-size", 8, "windows of one context per step")
     group = parser.add_argument_group("base model")
     option("--base", "code", "code: our small GPT, pretrained once on code; or a .pt file of base weights")
-    option("--base-steps", 700, "steps of that pretraining; 700 take about 90 s on two cores")
+    option("--base-steps", 1200, "steps of that pretraining, about 90 s on two cores")
     group = parser.add_argument_group("adapter")
     option("--method", "triadapt", "how to adapt; full trains every weight", choices=[*METHODS, "full"])
     option("--rank", 8, "target rank; the budget is rank x matrices")
@@ -83,10 +83,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.schedule = args.schedule or ("linear" if grows else "none")
     if args.schedule != "none" and not grows:
         raise InputError(f"--schedule {args.schedule}: --method {args.method} can't grow; leave --schedule out")
-    # Growth begins early, at half the rank: a rank grown late finds little left of a learning rate that falls.
+    # Growth begins early, at half the rank: a rank grown late finds little left of a learning rate that falls
+    # (the table in README.md).
     defaults = {"init_rank": args.rank if args.schedule == "none" else (args.rank + 1) // 2,
                 "warmup": args.steps // 50, "interval": max(1, args.steps // 100),
-                "lr": LEARNING_RATE[args.method], "eval_interval": max(1, args.steps // 10),
+                "lr": LEARNING_RATE.get(args.method, 1e-2), "eval_interval": max(1, args.steps // 10),
                 "out": f"runs/{args.method}-{args.schedule}"}
     for name, default in defaults.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
@@ -111,7 +112,7 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Toke
         torch.manual_seed(0)
         return GPT(GPTConfig()).to(device), train_tokenizer(documents(args.data), GPTConfig().vocab_size)
     if args.base == "code":
-        recipe = ["--base", "scratch", "--data", "code", "--method", "full", "--lr", "1.5e-3", "--device", str(device),
+        recipe = ["--base", "scratch", "--data", "code", "--method", "full", "--lr", "2e-3", "--device", str(device),
                   "--steps", str(args.base_steps), "--eval-interval", str(args.base_steps)]
         source = Path(sys.modules[GPT.__module__].__file__).read_text()
         path = CACHE / f"base-{text_hash([*documents('code'), source, *recipe, torch.__version__])}.pt"

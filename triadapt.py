@@ -76,11 +76,20 @@ class LoRALinear(nn.Module):
         """What the adapter adds to W, in float32: (d_out, d_in)."""
         return self.lora_B @ self.down()
 
+    @property
+    def weight(self) -> Tensor:
+        """W + delta_weight(), for code that reads a Linear's weight instead of calling it, as torch's attention does."""
+        return (self.base.weight.float() + self.delta_weight()).to(self.base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with the weight W + delta_weight(), added in float32 and kept in W's precision."""
-        merged = copy.deepcopy(self.base)  # never the weight itself, which may be shared
-        merged.weight.copy_(self.base.weight.float() + self.delta_weight())
+        """A plain nn.Linear with W + delta_weight(), added in float32 and kept in the precision of W."""
+        merged = copy.deepcopy(self.base)  # not the weight itself, which may be shared
+        merged.weight.copy_(self.weight)
         return merged
 
 class TriAdaptLinear(LoRALinear):
@@ -125,9 +134,8 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
                          "need 1 <= init-rank <= rank and 0 <= dropout < 1")
     if find_adapters(model):
         raise InputError("the model has adapters already; merge_adapters makes them part of it")
-    # Exactly nn.Linear: the subclasses in torch are read by code that takes their weight and never calls them.
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
-               if type(module) is nn.Linear and name}
+               if isinstance(module, nn.Linear) and name}
     chosen = set()
     for target in [targets] if isinstance(targets, str) else targets:
         try:

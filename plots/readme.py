@@ -1,0 +1,59 @@
+"""Write README.md's tables of results, between their marker lines, from the files in plots/.
+
+    python plots/readme.py            # rewrites the tables
+"""
+import json
+import statistics
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def defaults_table(lines: list[str]) -> str:
+    """The rows of plots/defaults.jsonl: mean and standard deviation over seeds, best learning rate by validation loss."""
+    cells = [json.loads(line) for line in lines]
+    rows = {}
+    for cell in cells:
+        rows.setdefault(cell["row"], []).append(cell)
+    best = {}  # of the rows that differ in the learning rate only
+    for row, runs in rows.items():
+        name = row.partition(", lr ")[0]
+        loss = statistics.mean(run["val_loss"] for run in runs)
+        if name not in best or loss < best[name][0]:
+            best[name] = (loss, runs)
+    seeds = {len(runs) for _, runs in best.values()}
+    base = cells[0]["base_loss"]
+    text = [f"Test loss on prose in nats per token, mean ± standard deviation of {min(seeds)} seeds; the base has "
+            f"{base:.3f}. Learning rates were chosen on the validation split.", "",
+            "| | test loss | learning rate | trainable at the end | budget spent at step |", "| --- | --- | --- | --- | --- |"]
+    for name, (_, runs) in best.items():
+        losses = [run["test_loss"] for run in runs]
+        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
+        spent = max(run["spent_at"] for run in runs) or "–"
+        text.append(f"| {name} | {statistics.mean(losses):.3f} ± {spread:.3f} | {runs[0]['settings']['lr']:g} | "
+                    f"{round(statistics.mean(run['trainable'] for run in runs)):,} | {spent} |")
+    return "\n".join(text)
+
+
+def first_run(lines: list[str]) -> str:
+    """What to expect of the main command, from the log of the committed run."""
+    log = [json.loads(line) for line in lines]
+    first, last = log[0], log[-1]
+    return (f"Expect a test loss of {first['test_loss']:.2f} nats per token before adapting and {last['test_loss']:.2f} "
+            f"after, with a total rank that grows from {first['total_rank']} to {last['total_rank']}.")
+
+
+def render(readme: str) -> str:
+    """README's text with every generated part made anew."""
+    parts = {"first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
+             "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines())}
+    for name, text in parts.items():
+        begin, end = f"<!-- {name}: written by plots/readme.py -->", f"<!-- end of {name} -->"
+        head, _, rest = readme.partition(begin)
+        readme = f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return readme
+
+
+if __name__ == "__main__":
+    path = HERE.parent / "README.md"
+    path.write_text(render(path.read_text()))
