@@ -1,12 +1,8 @@
-"""A small GPT-2: the model that train.py pretrains on code and then adapts.
+"""A small GPT-2: the model that train.py pretrains on code and then adapts. It knows nothing of adapters.
 
-The architecture is GPT-2's to the last constant: learned positions, layer norm before each sub-layer, tanh GELU,
-and an output head tied to the token embedding. One thing is spelt differently: q, k and v are three Linear modules
-instead of one fused c_attn, so that each of the six matrices of a block can be adapted, grown and named:
-
-    blocks.0.q   blocks.0.k   blocks.0.v   blocks.0.o   blocks.0.fc   blocks.0.proj
-
-Nothing here knows of adapters; triadapt.py replaces Linear modules from outside.
+The architecture is GPT-2's to the last constant: learned positions, layer norm before each sub-layer, tanh GELU, a head
+tied to the token embedding. But q, k and v are three Linear modules instead of one c_attn, so that each of the six
+matrices of a block can be adapted, grown and named: blocks.0.q, blocks.0.k, blocks.0.v, .o, .fc and .proj.
 """
 from dataclasses import dataclass
 
@@ -62,15 +58,11 @@ class GPT(nn.Module):
                 writes = name.endswith(("o.weight", "proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5 if writes else 0.02)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Final hidden states (batch, time, width) of token numbers (batch, time), time <= context."""
+    def forward(self, ids: Tensor) -> Tensor:  # (batch, time), time <= context
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
-            x = block(x)
-        return self.ln(x)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.linear(self.hidden(ids), self.wte.weight)
+            x = block(x)                              # (batch, time, width)
+        return F.linear(self.ln(x), self.wte.weight)  # (batch, time, vocab_size), the head tied to the embedding
 
 @torch.no_grad()
 def generate(model: GPT, ids: Tensor, length: int, temperature: float = 0.8, top_k: int = 50,

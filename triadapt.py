@@ -30,7 +30,7 @@ class InputError(ValueError):
 class LoRALinear(nn.Module):
     """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), in float32 whatever the precision of the weight.
 
-    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and puts them to use in down.
+    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and uses them in down.
     """
     GROWS_ALONG = {"lora_A": 0, "lora_B": 1}  # tensor: the axis that a new rank is appended to
 
@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + delta_weight(), for code that reads a Linear's weight instead of calling it, as torch's attention does."""
+        """W + delta_weight(), for code that reads the weight of a Linear and never calls it, as torch's attention."""
         return (self.base.weight.float() + self.delta_weight()).to(self.base.weight.dtype)
 
     @property
@@ -143,8 +143,8 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
         except re.error as error:
             raise InputError(f"targets {target}: not a regular expression ({error})") from None
         if not matches:
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-            raise InputError(f"targets {target}: no nn.Linear is called that; there are: {known or 'none'}")
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
+            raise InputError(f"targets {target}: no nn.Linear is called that; there are: {known}")
         chosen |= matches
     model.requires_grad_(False)
     wrapped = {}  # {Linear: adapter}, as one Linear may have several names
@@ -183,8 +183,8 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
         adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank))
     for name, p in adapter_state_dict(model).items():
         if state[name].shape != p.shape or not state[name].isfinite().all():
-            raise InputError(f"{name}: the model needs finite numbers of shape {list(p.shape)}, "
-                             f"the file has shape {list(state[name].shape)}")
+            shapes = f"{list(p.shape)}, the file has shape {list(state[name].shape)}"
+            raise InputError(f"{name}: the model needs finite numbers of shape {shapes}")
     for name, p in adapter_state_dict(model).items():
         p.copy_(state[name])
 
@@ -199,8 +199,8 @@ class RankAllocator:
     """Every `interval` steps after `warmup`, grows the k matrices of highest score by rank_step, up to the budget.
 
     The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go
-    to the first in module order. A score is the change of importance() since the last allocation; growth is no change.
-    Raises InputError for numbers out of range, or too small to reach the budget.
+    to the first in module order. A score is the change of importance() since the last allocation, growth left out.
+    Raises InputError for numbers that are out of range, or can't reach the budget.
     """
 
     def __init__(self, adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, *, schedule: str = "linear",
@@ -209,8 +209,8 @@ class RankAllocator:
         self.total_steps, self.warmup, self.interval, self.rank_step = total_steps, warmup, interval, rank_step
         self.budget = target_rank * len(adapters)
         if min(interval, rank_step, top_k) < 1 or not 0 <= warmup < total_steps:
-            raise InputError(f"interval {interval}, rank-step {rank_step}, top-k {top_k}, warmup {warmup}: the first "
-                             f"three must be 1 or more, warmup from 0 to below the {total_steps} steps")
+            raise InputError(f"interval {interval}, rank-step {rank_step}, top-k {top_k}: must be 1 or more; "
+                             f"warmup {warmup}: must be from 0 to below the {total_steps} steps")
         gap, times = self.budget - self.total_rank, (total_steps - warmup) // interval
         if times * len(adapters) * rank_step < gap:
             raise InputError(f"rank-step {rank_step}: {times} allocations can't add the {gap} ranks of the budget; "

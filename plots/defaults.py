@@ -1,6 +1,6 @@
 """Why train.py's defaults are what they are: a few settings side by side, each with the same seeds.
 
-    python plots/defaults.py                          # 3 seeds of each setting, about 15 minutes on two CPU cores
+    python plots/defaults.py                          # 3 seeds of each setting, about 40 minutes on one CPU core
     python plots/defaults.py --seeds 1 --steps 20     # a quick look
 
 Each finished run is a line of plots/defaults.jsonl, so that a stopped sweep goes on where it was. `python plots/readme.py`
@@ -23,10 +23,8 @@ RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (5e-3, 1e-2, 2e-2), "none": (5e-3, 
 GROWTH = {  # what the row is called: the options that make it
     "linear, the default": [],
     "linear, interval 1 (spent sooner)": ["--interval", "1"],
-    "linear, warm-up 30, interval 3": ["--warmup", "30"],
     "linear, warm-up 30, interval 10 (spent late)": ["--warmup", "30", "--interval", "10"],
     "linear, rank step 2": ["--rank-step", "2"],
-    "linear, from rank 2": ["--init-rank", "2"],
     "exponential": ["--schedule", "exponential"],
     "fixed": ["--schedule", "fixed"],
 }
