@@ -1,12 +1,9 @@
 """Text in, batches out: bytes -> documents -> tokens -> windows.
 
-Two corpora come with every Python, so that nothing is downloaded:
-
-    code    the standard library's sources; the base model is pretrained on it
-    prose   the language reference behind `help("assert")`; the base model is adapted to it
-
-and any UTF-8 text file serves as a third. Of every ten documents, the ninth is for validation and the tenth
-for testing. Tokens are cached on disk under a name that hashes the text and the tokenizer.
+Two corpora come with every Python, so that nothing is downloaded: `code`, the standard library's sources, on which the
+base model is pretrained, and `prose`, the language reference behind help("assert"), to which it is adapted. Any UTF-8
+text file serves as well. Of every ten documents, the ninth is for validation and the tenth for testing. Tokens are
+cached on disk under a name that hashes the text and the tokenizer.
 """
 import contextlib
 import hashlib
@@ -25,8 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from triadapt import InputError
 
 CACHE = Path("cache")
-SPLITS = ("train", "val", "test")
-END_OF_TEXT = "<|endoftext|>"
+SPLITS, END_OF_TEXT = ("train", "val", "test"), "<|endoftext|>"
 EVAL_WINDOWS = 256  # an evaluation reads no more of a split, so that it takes seconds on any text
 # Not source that a person wrote to be read: tests, generated tables, installed packages.
 NOT_CODE = re.compile(r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*")
@@ -41,10 +37,11 @@ def save(path: Path, content: str | dict) -> None:
         torch.save(content, temporary)
     os.replace(temporary, path)
 
-def load(path: Path) -> dict:
-    """A .pt file that save wrote: tensors and plain values only, so that nothing in it can run."""
+def load(path: Path, *keys: str) -> dict:
+    """A .pt file that save wrote, with these keys: tensors and plain values only, so that nothing in it can run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: content[key] for key in keys}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file

@@ -5,6 +5,7 @@ Growth is tested on the smallest Linear that can break it, training on a GPT of 
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -682,16 +683,19 @@ def spoil(path: str, content: bytes) -> str:
     (["--base", "missing.pt"], "missing.pt: no such file"),
     (["--base", "cut.pt"], "cut.pt: damaged"),
     (["--base", "text.txt"], "text.txt: damaged"),
-    (["--base", "other.pt"], "other.pt: holds no base model"),
+    (["--base", "other.pt"], "other.pt: damaged, or not written by train.py"),
+    (["--base", "words.pt"], "words.pt: its tokenizer or its sizes are damaged"),
     (["--base", "narrow.pt"], r"wpe.weight: .*\[16, 16\].*\[8, 16\]"),
     (["--resume", "nowhere"], "nowhere/checkpoint.pt: no such file"),
+    (["--resume", "nowhere", "--steps", "99"], "--resume nowhere: .* leave out steps"),
 ])
 def test_bad_input_gets_one_clear_line(home, arguments, said):
     spoil("empty.txt", b""), spoil("latin.txt", "naïve ".encode("latin-1") * 500), spoil("short.txt", b"too short a text\n" * 3)
     base = Path("base.pt").read_bytes()
     spoil("cut.pt", base[:len(base) // 2])
     data.save(Path("other.pt"), {"step": 1})
-    content = data.load(Path("base.pt"))
+    data.save(Path("words.pt"), {"config": {}, "tokenizer": "none", "model": {}})
+    content = torch.load("base.pt", weights_only=True)
     content["model"]["wpe.weight"] = content["model"]["wpe.weight"][:8]
     data.save(Path("narrow.pt"), content)
     with pytest.raises(InputError, match=said) as error:
@@ -712,6 +716,15 @@ def test_a_checkpoint_that_does_not_fit_or_is_cut_short_is_refused(home):
         train.main(["--resume", "out"])
 
 
+def test_a_run_with_other_settings_is_not_overwritten(home):
+    train.main([*TINY, "--steps", "4"])
+    before = {p: p.read_bytes() for p in Path("out").iterdir()}
+    with pytest.raises(InputError, match="--out out: holds a run with other settings"):
+        train.main([*TINY, "--steps", "5"])
+    assert before == {p: p.read_bytes() for p in Path("out").iterdir()}
+    train.main([*TINY, "--steps", "4"])
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(home, monkeypatch):
     original = train.batch_loss
     calls = []
@@ -724,6 +737,50 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(home, mon
     with pytest.raises(InputError, match="--lr .*: the loss is not finite at step 8"):
         train.main([*TINY, "--eval-interval", "5"])
     assert torch.load("out/checkpoint.pt", weights_only=True)["progress"]["step"] == 5
+
+
+class Code:
+    """A pickle that runs code when it is loaded without care."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_hostile_files_and_options_end_in_one_clear_error_and_run_nothing(home):
+    rng = random.Random(0)
+    whole, net = Path("base.pt").read_bytes(), adapted()[0]
+    before = net(torch.arange(11)).detach()
+    good = {name: tensor.clone() for name, tensor in adapter_state_dict(net).items()}
+    torch.save({"config": Code(), "tokenizer": "", "model": {}}, "code.pt")
+    Path("pickle.pt").write_bytes(pickle.dumps(Code()))
+    for path in ("code.pt", "pickle.pt"):
+        with pytest.raises(InputError, match="damaged"):
+            data.load(Path(path), "config", "tokenizer", "model")
+    for case in range(100):
+        content = whole[:rng.randrange(len(whole))] if case % 2 else rng.randbytes(rng.randrange(3000))
+        with pytest.raises(InputError, match="^hostile.pt: damaged"):
+            data.load(Path(spoil("hostile.pt", content)), "config", "tokenizer", "model")
+    for _ in range(100):
+        state, name = dict(good), rng.choice([*good])
+        shape = [*good[name].shape]
+        state[name] = rng.choice([torch.full(shape, math.nan), torch.full(shape, -math.inf), torch.zeros([*shape, 1]),
+                                  torch.zeros(shape[:-1] + [shape[-1] + 7]), torch.tensor(1.0), "text", None, [1.0], 3])
+        if rng.random() < 0.2:
+            state[rng.choice([7, "x", "first.lora_Z"])] = state.pop(name)
+        with pytest.raises(InputError):
+            load_adapter_state_dict(net, state)
+    assert torch.equal(net(torch.arange(11)), before)
+    options = ["rank", "alpha", "init-rank", "targets", "dropout", "orth", "schedule", "interval", "steps", "lr", "seed",
+               "method", "eval-interval", "batch-size", "resume", "top-k"]
+    junk = ["", "-1", "nan", "1e999", "0x10", "ü", "--", "'; rm", "[", "1.5", "none", "\0", "9" * 400]
+    refused = 0
+    for _ in range(200):
+        try:
+            train.parse_args([f"--{rng.choice(options)}={rng.choice(junk)}"])
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 100 and not Path("executed").exists() and Path("base.pt").read_bytes() == whole
 
 
 def test_the_command_line_ends_with_code_2_and_one_line(home):
@@ -770,12 +827,12 @@ def test_readme_tables_are_what_the_results_give():
 
 
 def test_the_sweep_of_the_defaults_runs_and_goes_on_where_it_was(home):
-    command = [sys.executable, str(HERE / "plots" / "defaults.py"), "--seeds", "1", "--steps", "8", "--part", "0/7", "--results",
+    command = [sys.executable, str(HERE / "plots" / "defaults.py"), "--seeds", "2", "--steps", "4", "--results",
                "cells.jsonl", "--base", "base.pt", "--data", "text.txt"]
     first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0 and first.stdout.count("test loss") == 3, first.stderr
+    assert first.returncode == 0 and first.stdout.count("test loss") == 20 + 9, first.stderr
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.stdout == "" and len(Path("cells.jsonl").read_text().splitlines()) == 3
+    assert again.stdout == "" and len(Path("cells.jsonl").read_text().splitlines()) == 29
 
 
 def test_the_core_stays_small():

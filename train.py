@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import CACHE, TextData, documents, load, save, text_hash, train_tokenizer
@@ -75,15 +74,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--out", None, "folder of the results [runs/METHOD-SCHEDULE]", type=str)
     option("--resume", None, "folder of an interrupted run to finish, with its own settings", type=str)
     args = parser.parse_args(argv)
+    if [] in vars(args).values():
+        fail("an option is given as --name=--; give it a value")
     if args.resume:
-        settings = load(Path(args.resume, "checkpoint.pt"))["settings"]
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        if len(given) > 1:
+            raise InputError(f"--resume {args.resume}: the run keeps its own settings; leave out {given[0]}")
+        settings = load(Path(args.resume, "checkpoint.pt"), "settings")["settings"]
         return argparse.Namespace(**settings | {"resume": args.resume, "out": args.resume})
     grows = hasattr(METHODS.get(args.method), "importance")
     args.schedule = args.schedule or ("linear" if grows else "none")
     if args.schedule != "none" and not grows:
         raise InputError(f"--schedule {args.schedule}: --method {args.method} can't grow; leave --schedule out")
-    # Growth begins early, at half the rank: a rank grown late finds little left of a learning rate that falls
-    # (the table in README.md).
+    # Growth begins early, at half the rank: a late rank finds little left of a rate that falls (table in README.md).
     defaults = {"init_rank": args.rank if args.schedule == "none" else (args.rank + 1) // 2,
                 "warmup": args.steps // 50, "interval": max(1, args.steps // 100),
                 "lr": LEARNING_RATE.get(args.method, 1e-2), "eval_interval": max(1, args.steps // 10),
@@ -120,13 +123,12 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Toke
             folder = str(path.with_suffix(""))
             run = main(["--resume", folder] if Path(folder, "checkpoint.pt").exists() else [*recipe, "--out", folder])
             run.export(path)
-    base = load(path)
+    base = load(path, "config", "tokenizer", "model")
     try:
         tokenizer, model = Tokenizer.from_str(base["tokenizer"]), GPT(GPTConfig(**base["config"]))
-        weights = base["model"]
-    except Exception:
-        raise InputError(f"--base {path}: holds no base model (config, tokenizer, model)") from None
-    load_adapter_state_dict(model, weights)
+    except Exception as error:  # which the tokenizers package raises
+        raise InputError(f"--base {path}: its tokenizer or its sizes are damaged ({error})") from None
+    load_adapter_state_dict(model, base["model"])
     return model.to(device), tokenizer
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -140,7 +142,7 @@ def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor], device: torch.dev
     inputs, targets = (ids.to(device) for ids in batch)  # (batch, context)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported()):
         logits = model(inputs)                           # (batch, context, vocab_size)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 def orthogonality(adapters: dict) -> Tensor:
     """Mean over the adapters of ||A A^T - 1||_F^2 + ||B^T B - 1||_F^2: AdaLoRA's penalty, used by the released code."""
@@ -158,7 +160,8 @@ class Run:
         if args.method != "full":
             add_adapters(self.model, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout)
         self.adapters = find_adapters(self.model)
-        saved = load(self.out / "checkpoint.pt") if args.resume else None
+        parts = ("progress", "trained", "optimizer", "allocator")
+        saved = load(self.out / "checkpoint.pt", *parts) if args.resume else None
         if saved:
             load_adapter_state_dict(self.model, saved["trained"])  # grows it, so before the optimiser
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -212,9 +215,12 @@ class Run:
 
     def train(self) -> None:
         """The loop. All chance in a step comes from (seed, step), so that a checkpoint needs no generator's state."""
-        args, interrupts = self.args, []
+        args, interrupts, config = self.args, [], self.out / "config.json"
         if not self.log:
-            save(self.out / "config.json", json.dumps(vars(args), indent=1))
+            settings = json.dumps(vars(args), indent=1)
+            if config.exists() and config.read_text() != settings:
+                raise InputError(f"--out {self.out}: holds a run with other settings; give a new folder, or delete it")
+            save(config, settings)
             plan = {"plan": self.allocator.plan(), "budget": self.allocator.budget} if self.allocator else {}
             total = sum(p.numel() for p in self.model.parameters())
             self.note("start", device=str(self.device), settings=vars(args), parameters=total, **plan, **self.test())

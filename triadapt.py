@@ -10,7 +10,6 @@ plain append to four tensors and no trained number moves. From rank 3 to rank 4:
     o o o o      o o            o o +      o o o +      +  new: a random row of A, in L zeros and a closing 1,
     o o o o      o o o            o +      o o o +         zeros in U, a zero column of B
     + + + +      + + + +            +      o o o +
-
     L in memory: o | o o | o o o | + + + +       U in memory: o | o o | o o o | + + + +
 
 Of each new path through B (L + U) A exactly one factor is zero, B's column: growth leaves the output as it was, yet the
@@ -40,7 +39,7 @@ class LoRALinear(nn.Module):
         empty = {"lora_A": (0, base.in_features), "lora_B": (base.out_features, 0)}
         for name in self.GROWS_ALONG:
             tensor = torch.empty(empty.get(name, 0), device=base.weight.device, dtype=torch.float32)
-            self.register_parameter(name, nn.Parameter(tensor))
+            setattr(self, name, nn.Parameter(tensor))
         self.grow(rank)  # the first ranks come as all later ones do
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
@@ -98,8 +97,8 @@ class TriAdaptLinear(LoRALinear):
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         """As LoRA's, plus rows of L that end in a 1 and zero columns of U: the identity goes on."""
-        row, column = torch.tril_indices(self.rank + n, self.rank + n)
-        rows = (row == column).float()[len(self.lora_L):]
+        row, column = torch.tril_indices(self.rank + n, self.rank + n)[:, len(self.lora_L):]
+        rows = (row == column).float()
         return super().new_entries(n) | {"lora_L": rows, "lora_U": torch.zeros_like(rows)}
 
     def core(self) -> Tensor:
@@ -125,8 +124,8 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
 
     targets: suffixes of module names ("q", "attn.q"), or regular expressions for one ("q|v", r"blocks\\.[01]\\.fc").
     rank: the target rank. It fixes the scale alpha / rank for good: only a constant scale makes growth exact.
-    init_rank: the rank to start from; None means `rank`. A Linear used under two names gets one adapter.
-    Raises InputError for a target that names no Linear, a number out of range, and a model that has adapters.
+    init_rank: the rank to start from; None means `rank`. A Linear with two names gets one adapter.
+    Raises InputError for a target that names no Linear, a number out of range, a model that has adapters.
     """
     init_rank = rank if init_rank is None else init_rank
     if not (1 <= init_rank <= rank and 0 <= dropout < 1):
@@ -162,7 +161,7 @@ def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Replace each adapter by a plain nn.Linear that computes the same, and return the model."""
     merged = {adapter: adapter.merge() for adapter in find_adapters(model).values()}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
         if module in merged:
             model.set_submodule(name, merged[module])
     return model
@@ -177,8 +176,8 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 
     Raises InputError when a tensor is missing, unknown, not finite or of another shape, before any number is copied.
     """
-    if odd := sorted(adapter_state_dict(model).keys() ^ state.keys()):
-        raise InputError(f"{odd[0]}: not in both the file and the model; use the saved run's base, method, targets")
+    if odd := sorted(adapter_state_dict(model).keys() ^ {n for n, t in state.items() if torch.is_tensor(t)}, key=str):
+        raise InputError(f"{odd[0]}: not a tensor of both file and model; use the saved run's base, method, targets")
     for name, adapter in find_adapters(model).items():
         adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank))
     for name, p in adapter_state_dict(model).items():

@@ -1,6 +1,6 @@
 """Why train.py's defaults are what they are: a few settings side by side, each with the same seeds.
 
-    python plots/defaults.py                          # 3 seeds of each setting, about 40 minutes on one CPU core
+    python plots/defaults.py                          # 3 seeds of each setting, about 20 minutes on two CPU cores
     python plots/defaults.py --seeds 1 --steps 20     # a quick look
 
 Each finished run is a line of plots/defaults.jsonl, so that a stopped sweep goes on where it was. `python plots/readme.py`
@@ -13,15 +13,15 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 
-RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (5e-3, 1e-2, 2e-2), "none": (5e-3, 1e-2, 2e-2)}
+METHOD = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
+          "triangular core, no growth": ["--schedule", "none"], "linear growth, the default": []}
+RATES = {"full fine-tuning": (1e-3, 2e-3, 4e-3), "LoRA": (5e-3, 1e-2, 2e-2, 4e-2),
+         "triangular core, no growth": (5e-3, 1e-2, 2e-2, 4e-2), "linear growth, the default": (5e-3, 1e-2, 2e-2, 4e-2)}
 GROWTH = {  # what the row is called: the options that make it
-    "linear, the default": [],
     "linear, interval 1 (spent sooner)": ["--interval", "1"],
     "linear, warm-up 30, interval 10 (spent late)": ["--warmup", "30", "--interval", "10"],
     "linear, rank step 2": ["--rank-step", "2"],
@@ -30,13 +30,16 @@ GROWTH = {  # what the row is called: the options that make it
 }
 
 
-def cells(seeds: int) -> list[tuple[str, int, list[str]]]:
-    """(row, seed, options) of every run of the sweep."""
-    rows = {f"full fine-tuning, lr {lr:g}": ["--method", "full", "--lr", str(lr)] for lr in RATES["full"]}
-    rows |= {f"LoRA, lr {lr:g}": ["--method", "lora", "--lr", str(lr)] for lr in RATES["lora"]}
-    rows |= {f"core, no growth, lr {lr:g}": ["--schedule", "none", "--lr", str(lr)] for lr in RATES["none"]}
-    rows |= GROWTH
-    return [(row, seed, options) for seed in range(seeds) for row, options in rows.items()]
+def rows(done: list[dict]) -> dict[str, list[str]]:
+    """{row: options}. Once seed 0 has tried every learning rate of a method, the one best on validation stays."""
+    table = {}
+    for name, rates in RATES.items():
+        options = {f"{name}, lr {rate:g}": [*METHOD[name], "--lr", str(rate)] for rate in rates}
+        losses = {cell["row"]: cell["val_loss"] for cell in done if cell["row"] in options and cell["seed"] == 0}
+        if len(losses) == len(options):
+            options = {row: options[row] for row in [min(losses, key=losses.get)]}
+        table |= options
+    return table | GROWTH
 
 
 def measure(row: str, seed: int, options: list[str], common: list[str]) -> dict:
@@ -56,19 +59,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--results", type=Path, default=HERE / "defaults.jsonl")
-    parser.add_argument("--part", default="0/1", help="K/N: run only every Nth cell, from the Kth, for N processes at once")
     args, more = parser.parse_known_args()
-    part, parts = map(int, args.part.split("/"))
-    # One thread a process: matrices this small gain more from two processes than from two threads.
-    torch.set_num_threads(1)
-    done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    done = {(cell["row"], cell["seed"]) for cell in done}
-    for row, seed, options in cells(args.seeds)[part::parts]:
-        if (row, seed) not in done:
-            cell = measure(row, seed, options, ["--steps", str(args.steps), *more])
-            with open(args.results, "a") as file:
-                file.write(json.dumps(cell) + "\n")
-            print(f"{row}, seed {seed}: test loss {cell['test_loss']:.4f}", flush=True)
+    args.results.touch()
+    for seed in range(args.seeds):
+        done = [json.loads(line) for line in args.results.read_text().splitlines()]
+        for row, options in rows(done).items():
+            if (row, seed) not in {(cell["row"], cell["seed"]) for cell in done}:
+                cell = measure(row, seed, options, ["--steps", str(args.steps), *more])
+                with open(args.results, "a") as file:
+                    file.write(json.dumps(cell) + "\n")
+                print(f"{row}, seed {seed}: test loss {cell['test_loss']:.4f}", flush=True)
 
 
 if __name__ == "__main__":
