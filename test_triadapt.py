@@ -826,13 +826,18 @@ def test_readme_tables_are_what_the_results_give():
     assert render(text) == text
 
 
-def test_the_sweep_of_the_defaults_runs_and_goes_on_where_it_was(home):
-    command = [sys.executable, str(HERE / "plots" / "defaults.py"), "--seeds", "2", "--steps", "4", "--results",
-               "cells.jsonl", "--base", "base.pt", "--data", "text.txt"]
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0 and first.stdout.count("test loss") == 20 + 9, first.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.stdout == "" and len(Path("cells.jsonl").read_text().splitlines()) == 29
+def test_the_sweep_of_the_defaults_picks_rates_and_goes_on_where_it_was(home, monkeypatch, capsys):
+    from plots import defaults
+    monkeypatch.setattr(defaults, "RATES", {"LoRA": (1e-4, 1e-2)})
+    monkeypatch.setattr(defaults, "GROWTH", {"growth": ["--interval", "1"]})
+    arguments = ["", "--seeds", "2", "--steps", "20", "--results", "cells.jsonl", "--base", "base.pt", "--data", "text.txt"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    defaults.main()
+    cells = [(cell["row"], cell["seed"]) for cell in map(json.loads, Path("cells.jsonl").read_text().splitlines())]
+    assert cells == [("LoRA, lr 0.0001", 0), ("LoRA, lr 0.01", 0), ("growth", 0), ("LoRA, lr 0.01", 1), ("growth", 1)]
+    capsys.readouterr()
+    defaults.main()
+    assert capsys.readouterr().out == "" and len(Path("cells.jsonl").read_text().splitlines()) == 5
 
 
 def test_the_core_stays_small():

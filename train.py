@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     schedules = [*SCHEDULES, "none"]
     option("--schedule", None, "how many matrices grow [linear if they can, else none]", choices=schedules)
     option("--rank-step", 1, "ranks that a matrix grows by at once")
-    option("--interval", None, "steps between allocations [1 %% of the steps]", type=int)
+    option("--interval", None, "steps between allocations [1 per 300 steps]", type=int)
     option("--warmup", None, "steps before growth begins [2 %% of the steps]", type=int)
     option("--top-k", 4, "matrices that grow at an allocation, for --schedule fixed")
     group = parser.add_argument_group("training")
@@ -86,9 +86,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.schedule = args.schedule or ("linear" if grows else "none")
     if args.schedule != "none" and not grows:
         raise InputError(f"--schedule {args.schedule}: --method {args.method} can't grow; leave --schedule out")
-    # Growth begins early, at half the rank: a late rank finds little left of a rate that falls (table in README.md).
+    # Growth begins early, at half the rank, and is soon over: what comes late has little time (README.md's table).
     defaults = {"init_rank": args.rank if args.schedule == "none" else (args.rank + 1) // 2,
-                "warmup": args.steps // 50, "interval": max(1, args.steps // 100),
+                "warmup": args.steps // 50, "interval": max(1, args.steps // 300),
                 "lr": LEARNING_RATE.get(args.method, 1e-2), "eval_interval": max(1, args.steps // 10),
                 "out": f"runs/{args.method}-{args.schedule}"}
     for name, default in defaults.items():

@@ -4,7 +4,8 @@
     python plots/defaults.py --seeds 1 --steps 20     # a quick look
 
 Each finished run is a line of plots/defaults.jsonl, so that a stopped sweep goes on where it was. `python plots/readme.py`
-makes README.md's table from it. The learning rate of every method is chosen here too, on the validation split.
+makes README.md's table from it. The learning rate of every method is chosen here too, on the validation split; the rows of
+GROWTH take the default's.
 """
 import argparse
 import contextlib
@@ -18,15 +19,15 @@ sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 
 METHOD = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
-          "triangular core, no growth": ["--schedule", "none"], "linear growth, the default": []}
+          "triangular core, no growth": ["--schedule", "none"], "linear growth, interval 3": ["--interval", "3"]}
 RATES = {"full fine-tuning": (1e-3, 2e-3, 4e-3), "LoRA": (5e-3, 1e-2, 2e-2, 4e-2),
-         "triangular core, no growth": (5e-3, 1e-2, 2e-2, 4e-2), "linear growth, the default": (5e-3, 1e-2, 2e-2, 4e-2)}
+         "triangular core, no growth": (5e-3, 1e-2, 2e-2, 4e-2), "linear growth, interval 3": (5e-3, 1e-2, 2e-2, 4e-2)}
 GROWTH = {  # what the row is called: the options that make it
-    "linear, interval 1 (spent sooner)": ["--interval", "1"],
-    "linear, warm-up 30, interval 10 (spent late)": ["--warmup", "30", "--interval", "10"],
-    "linear, rank step 2": ["--rank-step", "2"],
-    "exponential": ["--schedule", "exponential"],
-    "fixed": ["--schedule", "fixed"],
+    "linear growth, interval 1": ["--interval", "1"],
+    "linear growth, interval 10, warm-up 30": ["--interval", "10", "--warmup", "30"],
+    "linear growth, interval 3, rank step 2": ["--interval", "3", "--rank-step", "2"],
+    "exponential growth, interval 3": ["--interval", "3", "--schedule", "exponential"],
+    "fixed growth (top-k 4), interval 3": ["--interval", "3", "--schedule", "fixed"],
 }
 
 

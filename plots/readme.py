@@ -24,8 +24,8 @@ def defaults_table(lines: list[str]) -> str:
     seeds = {len(runs) for _, runs in best.values()}
     base = cells[0]["base_loss"]
     text = [f"Test loss on prose in nats per token, mean ± standard deviation of {min(seeds)} seeds; the base has "
-            f"{base:.3f}. The learning rate of each method was chosen on the validation split, with seed 0, from the grid in "
-            "plots/defaults.py; the growth settings below the default use the default's.", "",
+            f"{base:.3f}. The learning rate of each method was chosen on the validation split, with seed 0, from the "
+            "grid in plots/defaults.py; rows that differ in growth only share one rate.", "",
             "| | test loss | learning rate | trainable at the end | budget spent at step |", "| --- | --- | --- | --- | --- |"]
     for name, (_, runs) in best.items():
         losses = [run["test_loss"] for run in runs]

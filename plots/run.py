@@ -79,7 +79,7 @@ def draw_run(folder: Path) -> Path:
     else:
         draw_ranks(total, final, importance, log, config, ranks)
     path = folder / "run.png"
-    figure.savefig(folder / ".run.tmp.png", dpi=110)
+    figure.savefig(folder / ".run.tmp.png", dpi=90)
     (folder / ".run.tmp.png").rename(path)
     plt.close(figure)
     return path
