@@ -341,6 +341,15 @@ def test_a_linear_with_two_names_gets_one_adapter():
     assert net["c"] is net["a"] and torch.allclose(net["a"](x), expected, atol=1e-6)
 
 
+def test_merging_leaves_a_weight_that_another_module_shares_alone():
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    net["b"].weight = net["a"].weight
+    nn.init.ones_(add_adapters(net, "a", rank=2)["a"].lora_B)
+    before = net["b"].weight.clone()
+    merge_adapters(net)
+    assert torch.equal(net["b"].weight, before) and not torch.equal(net["a"].weight, before)
+
+
 def test_targets_are_suffixes_or_regular_expressions():
     names = lambda targets: list(add_adapters(GPT(GPTConfig(16, 8, 2, 1, 4)), targets, rank=1))
     assert names(["q"]) == ["blocks.0.q", "blocks.1.q"]
@@ -593,6 +602,15 @@ def test_every_method_and_schedule_learns(home, method, schedule):
         assert log[-1]["total_rank"] == 8 * 12
 
 
+def test_the_orthogonality_penalty_is_part_of_the_loss_and_logged_beside_it(home):
+    arguments = [*TINY, "--schedule", "none", "--rank", "4", "--eval-interval", "1"]
+    free, held = (train.main([*arguments, "--orth", weight, "--out", f"orth{weight}"]) for weight in ("0", "9"))
+    evals = [entry for entry in held.log if entry["kind"] == "eval"]
+    assert evals[-1]["penalty"] < 0.8 * evals[0]["penalty"]
+    assert train.orthogonality(held.adapters) < 0.8 * train.orthogonality(free.adapters)
+    assert all(entry["train_loss"] < 6 < 9 * entry["penalty"] for entry in evals)  # the task's loss, without the penalty
+
+
 def test_a_budget_out_of_reach_is_a_warning_before_the_first_step(home, capsys):
     train.main([*TINY, "--schedule", "fixed", "--top-k", "1", "--interval", "2"])
     told = capsys.readouterr().out
@@ -716,6 +734,19 @@ def test_a_checkpoint_that_does_not_fit_or_is_cut_short_is_refused(home):
         train.main(["--resume", "out"])
 
 
+def test_a_write_that_fails_leaves_the_old_file(home, monkeypatch):
+    before = Path("base.pt").read_bytes()
+
+    def disk_full(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError):
+        data.save(Path("base.pt"), {})
+    assert Path("base.pt").read_bytes() == before
+
+
 def test_a_run_with_other_settings_is_not_overwritten(home):
     train.main([*TINY, "--steps", "4"])
     before = {p: p.read_bytes() for p in Path("out").iterdir()}
@@ -752,7 +783,7 @@ def test_hostile_files_and_options_end_in_one_clear_error_and_run_nothing(home):
     before = net(torch.arange(11)).detach()
     good = {name: tensor.clone() for name, tensor in adapter_state_dict(net).items()}
     torch.save({"config": Code(), "tokenizer": "", "model": {}}, "code.pt")
-    Path("pickle.pt").write_bytes(pickle.dumps(Code()))
+    Path("pickle.pt").write_bytes(pickle.dumps(Code(), 2))
     for path in ("code.pt", "pickle.pt"):
         with pytest.raises(InputError, match="damaged"):
             data.load(Path(path), "config", "tokenizer", "model")
