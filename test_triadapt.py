@@ -672,6 +672,14 @@ def test_equal_runs_have_equal_bits_and_another_seed_has_others(home):
         assert_same_bits(outcome("out"), outcome("other"))
 
 
+def test_no_two_steps_of_any_two_seeds_draw_the_same_numbers(home, monkeypatch):
+    drawn, batch = [], data.TextData.batch
+    monkeypatch.setattr(data.TextData, "batch", lambda self, t: (drawn.append(torch.rand(3).tolist()), batch(self, t))[1])
+    for seed in ("0", "1", "2"):
+        train.main([*TINY, "--seed", seed, "--out", seed, "--steps", "10"])
+    assert len({tuple(numbers) for numbers in drawn}) == len(drawn) == 30
+
+
 def spoil(path: str, content: bytes) -> str:
     Path(path).write_bytes(content)
     return path
@@ -689,6 +697,7 @@ def spoil(path: str, content: bytes) -> str:
     (["--lr", "nan"], "--lr nan"),
     (["--steps", "0"], "--steps 0"),
     (["--seed", "-1"], "--seed -1"),
+    (["--seed", str(2 ** 70)], "--seed 1180591620717411303424: must be from 0"),
     (["--method", "lora", "--schedule", "linear"], "--schedule linear: --method lora"),
     (["--method", "dora"], "--method.*dora"),
     (["--device", "abacus"], "--device abacus"),

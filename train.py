@@ -95,8 +95,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     for name, low in {"batch_size": 1, "base_steps": 1, "steps": 1, "eval_interval": 1, "seed": 0, "lr": 0, "alpha": 0,
                       "orth": 0}.items():
-        if not low <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {low} or more, and finite")
+        if not low <= getattr(args, name) < 2 ** 31:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to below 2^31")
     return args
 
 def pick_device(name: str | None) -> torch.device:
@@ -228,7 +228,7 @@ class Run:
         signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the step under way is finished
         for step in tqdm(range(self.step + 1, args.steps + 1), initial=self.step, total=args.steps, disable=None):
             began = time.perf_counter()
-            torch.manual_seed((args.seed << 32) + step)
+            torch.manual_seed(args.seed * 1_000_003 + step)  # torch's CPU generator drops all above 32 bits
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
             loss = batch_loss(model, self.data.batch(step), self.device)
