@@ -1,14 +1,24 @@
-"""A small GPT-2: the model that train.py pretrains on code and then adapts. It knows nothing of adapters.
+"""GPT-2, small or as published: the model that train.py pretrains or loads, then adapts. It knows nothing of adapters.
 
 The architecture is GPT-2's to the last constant: learned positions, layer norm before each sub-layer, tanh GELU, a head
 tied to the token embedding. But q, k and v are three Linear modules instead of one c_attn, so that each of the six
 matrices of a block can be adapted, grown and named: blocks.0.q, blocks.0.k, blocks.0.v, .o, .fc and .proj.
 """
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from data import load
+from triadapt import needing
+
+# Published names, and ours.
+RENAMED = {"ln_1": "ln1", "ln_2": "ln2", "ln_f": "ln", "attn.c_proj": "o", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}
 
 @dataclass
 class GPTConfig:
@@ -19,6 +29,7 @@ class GPTConfig:
     layers: int = 4
     heads: int = 4
     width: int = 128     # of the residual stream
+    classes: int = 0     # 0: a language model; else a classifier, with a head of its own
 
 class Block(nn.Module):
     """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -41,7 +52,7 @@ class Block(nn.Module):
         return x + self.proj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). forward: token numbers (batch, time) -> logits (batch, time, vocab_size)."""
+    """GPT-2 (Radford et al. 2019). forward: token numbers (batch, time) -> logits (batch, time, vocab_size or classes)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -50,6 +61,8 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln = nn.LayerNorm(config.width)
+        if config.classes:
+            self.classify(config.classes)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -58,20 +71,48 @@ class GPT(nn.Module):
                 writes = name.endswith(("o.weight", "proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5 if writes else 0.02)
 
+    def classify(self, classes: int) -> None:
+        """Turn into a classifier: a new head, which starts at zero, takes the place of the one tied to the embedding."""
+        self.config = replace(self.config, classes=classes)
+        self.head = nn.Linear(self.config.width, classes, bias=False, device=self.wte.weight.device)
+        nn.init.zeros_(self.head.weight)
+
     def forward(self, ids: Tensor) -> Tensor:  # (batch, time), time <= context
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)                              # (batch, time, width)
-        return F.linear(self.ln(x), self.wte.weight)  # (batch, time, vocab_size), the head tied to the embedding
+        head = self.head if self.config.classes else self.wte
+        return F.linear(self.ln(x), head.weight)      # (batch, time, vocab_size or classes)
 
 @torch.no_grad()
-def generate(model: GPT, ids: Tensor, length: int, temperature: float = 0.8, top_k: int = 50,
-             generator: torch.Generator | None = None) -> Tensor:
+def generate(model: GPT, ids: Tensor, length: int, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> Tensor:
     """Continue token numbers ids (batch, time) by `length` sampled tokens: (batch, time + length)."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that one seed gives one text on every device
     for _ in range(length):
         logits = model(ids[:, -model.config.context:])[:, -1].float() / temperature  # (batch, vocab_size)
         best, tokens = logits.topk(min(top_k, logits.shape[-1]))
-        # Drawn on the CPU, so that one seed gives one text on every device.
         choice = torch.multinomial(best.softmax(-1).cpu(), 1, generator=generator).to(ids.device)
         ids = torch.cat((ids, tokens.gather(-1, choice)), dim=1)
     return ids
+
+def load_gpt2(name: str) -> dict:
+    """Published GPT-2 weights as the content of a base file: {"config", "tokenizer", "model"}.
+
+    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, to be downloaded once; or a folder that holds the same files.
+    Raises InputError without a network, and for a folder that lacks a file.
+    """
+    files = ["config.json", "tokenizer.json", "pytorch_model.bin"]
+    with needing(f"--base {name}: not to be had; give a folder that holds GPT-2's {', '.join(files)}"):
+        folder = Path(name if Path(name).is_dir() else snapshot_download(f"openai-community/{name}", allow_patterns=files))
+        sizes, tokenizer = json.loads((folder / files[0]).read_text()), (folder / files[1]).read_text()
+        config = [sizes[key] for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+    safe, state = folder / "model.safetensors", {}
+    for key, tensor in load(safe if safe.exists() else folder / files[2]).items():
+        key = re.sub(r"^(transformer\.)?(h\.)?", lambda found: "blocks." if found[2] else "", key)
+        for theirs, ours in RENAMED.items():
+            key = key.replace(theirs, ours)
+        if "c_attn" in key:  # q, k and v in one: (width, 3 width), or its bias
+            state |= {key.replace("attn.c_attn", ours): part.t() for ours, part in zip("qkv", tensor.chunk(3, dim=-1))}
+        elif 0 < tensor.dim() < 3 and key != "lm_head.weight":  # not the causal masks, nor the tied head
+            state[key] = tensor.t() if key.startswith("blocks") else tensor  # theirs are (in, out)
+    return {"config": asdict(GPTConfig(*config)), "tokenizer": tokenizer, "model": state}

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, generate, load_gpt2
+from plots.run import planned_growth
 from triadapt import (METHODS, SCHEDULES, InputError, LoRALinear, RankAllocator, TriAdaptLinear, adapter_state_dict,
                       add_adapters, find_adapters, load_adapter_state_dict, merge_adapters)
 
@@ -410,7 +411,7 @@ def test_the_budget_is_never_passed_and_met_when_planned_for_many_random_setting
         except InputError as error:
             assert "rank-step" in str(error)
             continue
-        plan, seen = allocator.plan(), []
+        plan, seen = planned_growth(allocator), []
         for t in range(1, settings["total_steps"] + 1):
             for adapter in adapters.values():
                 nn.init.normal_(adapter.lora_L, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
@@ -450,7 +451,7 @@ def test_the_highest_scores_grow_and_ties_go_to_the_first():
     assert allocator.step(1) == ["3", "1"]
     assert [a.rank for a in adapters.values()] == [2, 3, 2, 3, 2]
     first = adapters["1"].importance() - 0  # growth has moved it ...
-    assert first != allocator.baseline["4"] and all(score == 0 for score in allocator.scores().values())  # ... not the score
+    assert first != allocator.state["baseline"]["4"] and all(score == 0 for score in allocator.scores().values())  # ... not the score
     assert allocator.step(2) == ["0", "1"]  # five ties at 0: module order, and no more than k
     assert allocator.decided == dict.fromkeys("01234", 0.0)
 
@@ -528,14 +529,14 @@ def test_gpt_is_causal_and_generates_from_a_seed(device):
     changed %= 50
     same = (model(ids) - model(changed)).abs().amax((0, 2)) < 1e-6
     assert same[:9].all() and not same[9:].any()
-    texts = [generate(model, ids[:1], 40, generator=torch.Generator().manual_seed(s)).tolist() for s in (0, 0, 1)]
+    texts = [generate(model, ids[:1], 40, seed=s).tolist() for s in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2] and len(texts[0][0]) == 56
 
 
 def test_the_embedded_corpora_are_there_and_prose_never_repeats():
-    code = list(data.code_documents())
+    code = list(data.documents("code"))
     assert 5e6 < sum(map(len, code)) < 2e7 and len(code) > 300
-    paragraphs = "".join(data.prose_documents()).split("\n\n")
+    paragraphs = "".join(data.documents("prose")).split("\n\n")
     paragraphs = [p for p in paragraphs if p]
     assert len(paragraphs) == len(set(paragraphs)) and sum(map(len, paragraphs)) > 2e5
 
@@ -547,7 +548,7 @@ def home(tmp_path, monkeypatch):
     rng = random.Random(0)
     words = ["tri", "angle", "rank", "grows", "the", "a", "lower", "upper", "core", "of"]
     Path("text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(300)))
-    tokenizer = data.train_tokenizer(data.file_documents(Path("text.txt")), 300)
+    tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
     torch.manual_seed(0)
     config = GPTConfig(tokenizer.get_vocab_size(), 16, 2, 2, 16)
     data.save(Path("base.pt"), {"config": asdict(config), "tokenizer": tokenizer.to_str(), "model": GPT(config).state_dict()})
@@ -558,19 +559,172 @@ TINY = ["--base", "base.pt", "--data", "text.txt", "--device", "cpu", "--steps",
 
 
 def test_batches_depend_on_seed_and_step_and_evaluation_reads_each_token_once(home):
-    tokenizer = data.train_tokenizer(data.file_documents(Path("text.txt")), 300)
-    first, again, other = (data.TextData("text.txt", tokenizer, 16, 4, seed) for seed in (0, 0, 1))
-    x, y = first.batch(7)
+    tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
+    examples = data.text_examples("text.txt", tokenizer, 16)
+    x, y = data.training_batch(examples["train"], 4, 0, 7)
     assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    assert torch.equal(x, again.batch(7)[0]) and not torch.equal(x, other.batch(7)[0])
-    assert not torch.equal(x, first.batch(8)[0])
-    seen = torch.cat([y.flatten() for _, y in first.batches("val")])
-    assert torch.equal(seen, torch.from_numpy(first.tokens["val"][1:len(seen) + 1].astype(np.int64)))
-    assert len(first.tokens["val"]) - len(seen) <= 16
-    text = "".join(data.file_documents(Path("text.txt")))
+    again, other, later = (data.training_batch(examples["train"], 4, *at)[0] for at in ((0, 7), (1, 7), (0, 8)))
+    assert torch.equal(x, again) and not torch.equal(x, other) and not torch.equal(x, later)
+    tokens = {split: windows.tokens for split, windows in examples.items()}
+    seen = torch.cat([y.flatten() for _, y in data.batches(examples["val"], 4)])
+    assert torch.equal(seen, torch.from_numpy(tokens["val"][1:len(seen) + 1].astype(np.int64)))
+    assert len(tokens["val"]) - len(seen) <= 16 and isinstance(tokens["train"], np.memmap)
+    text = "".join(data.documents("text.txt"))
     assert text == Path("text.txt").read_text()
-    ids = np.concatenate([first.tokens[split] for split in data.SPLITS])
+    ids = np.concatenate([tokens[split] for split in ("train", "val", "test")])
     assert len(tokenizer.decode(ids.tolist())) == len(text)  # every document is in exactly one split
+
+
+WORDS = {"shape": ["lower", "upper", "core"], "size": ["rank", "budget", "count"], "speed": ["fast", "slow", "step"]}
+
+
+def write_table(path: str, columns: str = "sentence\tlabel", rows: int = 240) -> None:
+    """A .tsv file whose label is the kind of the words in the sentence, the first kind twice as often."""
+    rng, lines = random.Random(0), [columns]
+    for i in range(rows):
+        label = [*WORDS, "shape"][i % 4]
+        sentence = " ".join(rng.choices(WORDS[label], k=rng.randint(1, 9)) + [str(i)])
+        lines.append("\t".join({"label": label, "sentence2": "and more", "idx": str(i)}.get(name, sentence)
+                               for name in columns.split("\t")))
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("columns", ["sentence\tlabel", "idx\ttext\tlabel", "label\tsentence1\tsentence2"])
+def test_a_table_becomes_examples_whose_one_target_is_the_class_at_the_end(home, columns):
+    write_table("task.tsv", columns)
+    tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
+    examples, classes = data.task_examples("task.tsv", tokenizer, 16)
+    assert classes == [*WORDS] and {*examples} == {"train", "val", "test"}
+    assert sum(map(len, examples.values())) == 240 and all(len(texts) > 40 for texts in examples.values())
+    for inputs, targets in examples["train"]:
+        assert inputs.shape == targets.shape and len(inputs) <= 16 and inputs[-1] == tokenizer.token_to_id(data.END_OF_TEXT)
+        assert (targets[:-1] == data.NO_TARGET).all()
+        text = tokenizer.decode(inputs.tolist())
+        assert len(inputs) == 16 or any(word in text for word in WORDS[classes[targets[-1]]])
+
+
+def test_modules_are_eight_packages_and_no_file_is_in_two_splits(home, monkeypatch):
+    rows = list(data.module_rows())
+    assert len({label for _, label, _ in rows}) == 8 and len({text for text, _, _ in rows}) == len(rows) > 1000
+    file_of = {text: source for text, _, source in rows}
+    assert all(source.startswith(label + os.sep) for _, label, source in rows)
+    tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
+    tokens = {tuple(tokenizer.encode(text).ids[:63]): source for text, source in file_of.items()}
+    monkeypatch.setattr(data, "module_rows", lambda: rows)
+    examples, _ = data.task_examples("modules", tokenizer, 64)
+    files = {split: {tokens[tuple(inputs[:-1].tolist())] for inputs, _ in texts if len(inputs) < 64}
+             for split, texts in examples.items()}
+    assert not files["train"] & (files["val"] | files["test"]) and not files["val"] & files["test"]
+    for split, texts in examples.items():  # every class is in every split
+        assert {targets[-1].item() for _, targets in texts} == set(range(8)), split
+
+
+@every_device
+def test_padding_does_not_leak(home, device):
+    write_table("task.tsv")
+    tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
+    examples, _ = data.task_examples("task.tsv", tokenizer, 16)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(300, 16, 2, 2, 16)).to(device)
+    model.classify(3)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    numbers = range(8)
+    inputs, targets = data.collate(examples["val"], numbers)
+    assert len({len(examples["val"][i][0]) for i in numbers}) > 2
+    known = targets != data.NO_TARGET
+    together = model(inputs.to(device))[known.to(device)]
+    alone = torch.cat([model(examples["val"][i][0][None].to(device))[:, -1] for i in numbers])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert targets[known].tolist() == [examples["val"][i][1][-1].item() for i in numbers]
+
+
+def plain_gpt2(weights: dict, ids: torch.Tensor, layers: int, heads: int) -> torch.Tensor:
+    """GPT-2 written once more, from the published names and Conv1D layout: logits (time, vocab_size) of one text."""
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def conv(x, name):
+        return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    time = len(ids)
+    x = weights["wte.weight"][ids] + weights["wpe.weight"][:time]
+    for i in range(layers):
+        q, k, v = conv(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(x.shape[1], dim=1)
+        outputs = []
+        for a, b, c in zip(q.chunk(heads, 1), k.chunk(heads, 1), v.chunk(heads, 1)):
+            scores = a @ b.T / a.shape[1] ** 0.5
+            scores = scores.masked_fill(torch.ones(time, time).triu(1).bool(), -math.inf)
+            outputs.append(scores.softmax(-1) @ c)
+        x = x + conv(torch.cat(outputs, 1), f"h.{i}.attn.c_proj")
+        h = conv(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        h = 0.5 * h * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h ** 3)))
+        x = x + conv(h, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+def published_gpt2(folder: str, prefix: str = "") -> dict:
+    """Write a tiny random checkpoint in the published layout; returns its weights by their plain names."""
+    torch.manual_seed(3)
+    width, layers, vocab_size = 12, 2, 300
+    shapes = {"wte.weight": (vocab_size, width), "wpe.weight": (10, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
+    for i in range(layers):
+        for name, shape in {"ln_1": (width,), "ln_2": (width,), "attn.c_attn": (width, 3 * width),
+                            "attn.c_proj": (width, width), "mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
+    weights = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    more = {f"h.{i}.attn.bias": torch.ones(1, 1, 10, 10).tril() for i in range(layers)} | {"h.0.attn.masked_bias": torch.tensor(-1e4)}
+    more["lm_head.weight"] = weights["wte.weight"]
+    Path(folder).mkdir()
+    torch.save({(prefix if name != "lm_head.weight" else "") + name: p for name, p in (weights | more).items()},
+               Path(folder, "pytorch_model.bin"))
+    sizes = {"vocab_size": vocab_size, "n_positions": 10, "n_layer": layers, "n_head": 3, "n_embd": width}
+    Path(folder, "config.json").write_text(json.dumps(sizes))
+    tokenizer = data.train_tokenizer(data.documents("text.txt"), vocab_size)
+    Path(folder, "tokenizer.json").write_text(tokenizer.to_str())
+    return weights
+
+
+@every_device
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_published_gpt2_weights_give_the_logits_of_a_plain_computation(home, device, prefix):
+    weights = published_gpt2("tiny", prefix)
+    model, _ = train.load_base(train.parse_args([*TINY, "--base", "tiny"]), torch.device(device))
+    ids = torch.randint(300, (3, 10), generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([plain_gpt2(weights, row, 2, 3) for row in ids])
+    torch.testing.assert_close(model(ids.to(device)).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_published_gpt2_weights_give_the_logits_of_transformers(home):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_positions": 10, "n_layer": 2, "n_head": 3, "n_embd": 12}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    published_gpt2("tiny")
+    Path("tiny/pytorch_model.bin").unlink()
+    theirs.save_pretrained("tiny")  # model.safetensors, as of today
+    base = load_gpt2("tiny")
+    ours = GPT(GPTConfig(**base["config"]))
+    load_adapter_state_dict(ours, base["model"])
+    ids = torch.randint(300, (3, 10))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gpt2_adapts_and_without_a_network_the_error_names_the_folder(home, monkeypatch):
+    published_gpt2("tiny")
+    log = train.main([*TINY, "--base", "tiny", "--context", "8", "--steps", "10", "--lr", "0.02"]).log
+    assert log[-1]["test_loss"] < log[0]["test_loss"] and log[-1]["total_rank"] == 8 * 12
+
+    def offline(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("model.snapshot_download", offline)
+    with pytest.raises(InputError, match="--base gpt2: .*give a folder that holds .*pytorch_model.bin.*no route"):
+        load_gpt2("gpt2")
+    Path("tiny/tokenizer.json").unlink()
+    with pytest.raises(InputError, match="--base tiny: .*tokenizer.json"):
+        load_gpt2("tiny")
 
 
 # ---------------------------------------------------------------- train.py
@@ -611,6 +765,97 @@ def test_the_orthogonality_penalty_is_part_of_the_loss_and_logged_beside_it(home
     assert all(entry["train_loss"] < 6 < 9 * entry["penalty"] for entry in evals)  # the task's loss, without the penalty
 
 
+def test_a_task_is_learned_told_drawn_resumed_and_not_asked_for_text(home, monkeypatch, capsys):
+    write_table("task.tsv")
+    arguments = [*TINY, "--task", "task.tsv", "--steps", "60", "--batch-size", "16", "--rank", "4", "--lr", "0.03"]
+    run = train.main(arguments)
+    first, last = run.log[0], run.log[-1]
+    assert first["test_loss"] == pytest.approx(math.log(3), abs=1e-4)  # the head starts at zero
+    assert last["test_loss"] < 0.6 and last["test_accuracy"] > first["test_accuracy"] + 0.15 and last["test_f1"] > 0.5
+    told = capsys.readouterr().out
+    assert "classes   shape size speed" in told and "accuracy" in told and Path("out/run.png").exists()
+    state = torch.load("out/adapter.pt", weights_only=True)
+    assert {name for name in state if "lora_" not in name} == {"head.weight"}  # the head is trained and saved too
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(20, patch)
+        train.main([*arguments, "--out", "cut"])
+    train.main(["--resume", "cut"])
+    assert_same_bits(outcome("out"), outcome("cut"))
+    train.main(["--resume", "out", "--merge", "classifier.pt"])
+    with pytest.raises(InputError, match="--generate: .* classes"):
+        train.main(["--resume", "out", "--generate", "rank"])
+    with pytest.raises(InputError, match="--base classifier.pt: must be a language model"):
+        train.main([*TINY, "--base", "classifier.pt", "--out", "next"])
+
+
+def test_accuracy_and_f1_are_the_definitions(home):
+    write_table("task.tsv")
+    run = train.main([*TINY, "--task", "task.tsv", "--steps", "8", "--rank", "2"])
+    pairs = []
+    for inputs, targets in run.examples["test"]:
+        pairs.append((targets[-1].item(), run.model.eval()(inputs[None])[0, -1].argmax().item()))
+    result = run.evaluate("test")
+    assert result["test_accuracy"] == pytest.approx(sum(true == said for true, said in pairs) / len(pairs))
+    scores = []
+    for c in range(3):
+        hits = sum(true == said == c for true, said in pairs)
+        found, real = sum(said == c for _, said in pairs), sum(true == c for true, _ in pairs)
+        precision, recall = hits / found if found else 0, hits / real
+        scores.append(2 * precision * recall / (precision + recall) if hits else 0)
+    assert result["test_f1"] == pytest.approx(sum(scores) / 3)
+
+
+def test_merged_weights_in_a_plain_gpt_compute_and_write_what_base_and_adapter_do(home, capsys):
+    train.main(TINY)
+    capsys.readouterr()
+    draws = ["--generate", "the rank", "--temperature", "0.9", "--sample-top-k", "20", "--sample-seed"]
+    before = Path("out/checkpoint.pt").read_bytes()
+    texts = []
+    for seed in "112":
+        run = train.main(["--resume", "out", "--merge", "merged.pt", *draws, seed])
+        texts.append(capsys.readouterr().out.partition("the rank")[2])
+    assert texts[0] == texts[1] != texts[2] and len(texts[0]) > 60
+    assert Path("out/checkpoint.pt").read_bytes() == before  # a finished run is used, not changed
+    merged = data.load(Path("merged.pt"), "config", "model")
+    plain = GPT(GPTConfig(**merged["config"]))
+    plain.load_state_dict(merged["model"])
+    ids = torch.randint(290, (2, 16))
+    torch.testing.assert_close(plain(ids), run.model.eval()(ids), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain(ids), train.load_base(run.args, torch.device("cpu"))[0](ids), atol=1e-3)
+    assert train.main([*TINY, "--base", "merged.pt", "--schedule", "none", "--steps", "2", "--out", "next"]).log[0]["test_loss"] == pytest.approx(
+        run.log[-1]["test_loss"], abs=1e-4)
+
+
+def assert_same_training(one: list[dict], other: list[dict]) -> None:
+    """Equal growth, and losses that differ by rounding only."""
+    assert [entry.get("grown") for entry in one] == [entry.get("grown") for entry in other]
+    for a, b in zip(one, other, strict=True):
+        assert a["ranks"] == b["ranks"]
+        for key in ("train_loss", "val_loss", "test_loss", "test_accuracy"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a["step"], key)
+
+
+@pytest.mark.parametrize("task", [False, True])
+def test_pieces_of_a_batch_train_like_the_whole(home, task):
+    """Also when the pieces differ in size."""
+    write_table("task.tsv")
+    arguments = [*TINY, "--batch-size", "5", "--orth", "0.001", "--lr", "0.002", *(["--task", "task.tsv"] if task else [])]
+    whole, pieces = (train.main([*arguments, "--accumulate", n, "--out", n]).log for n in "13")
+    assert_same_training(whole, pieces)
+
+
+def test_two_processes_train_like_one_with_the_same_batch(home):
+    arguments = [*TINY, "--orth", "0.001", "--rank", "4"]
+    one = train.main([*arguments, "--out", "one"]).log
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py")]
+    done = subprocess.run([*command, *arguments, "--out", "two"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    two = [json.loads(line) for line in Path("two/log.jsonl").read_text().splitlines()]
+    assert_same_training(one, two)
+    assert done.stdout.count("before adapting") == 1  # one process speaks
+
+
 def test_a_budget_out_of_reach_is_a_warning_before_the_first_step(home, capsys):
     train.main([*TINY, "--schedule", "fixed", "--top-k", "1", "--interval", "2"])
     told = capsys.readouterr().out
@@ -640,14 +885,14 @@ def assert_same_bits(a, b) -> None:
 
 def interrupt_at(step: int, monkeypatch) -> None:
     """Ctrl-C while `step` is under way."""
-    batch = data.TextData.batch
+    batch = train.training_batch
 
-    def interrupted(self, t):
+    def interrupted(examples, size, seed, t):
         if t == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return batch(self, t)
+        return batch(examples, size, seed, t)
 
-    monkeypatch.setattr(data.TextData, "batch", interrupted)
+    monkeypatch.setattr(train, "training_batch", interrupted)
 
 
 @pytest.mark.parametrize("method, stop", [("triadapt", 4), ("triadapt", 6), ("triadapt", 29), ("full", 11)])
@@ -673,8 +918,8 @@ def test_equal_runs_have_equal_bits_and_another_seed_has_others(home):
 
 
 def test_no_two_steps_of_any_two_seeds_draw_the_same_numbers(home, monkeypatch):
-    drawn, batch = [], data.TextData.batch
-    monkeypatch.setattr(data.TextData, "batch", lambda self, t: (drawn.append(torch.rand(3).tolist()), batch(self, t))[1])
+    drawn, batch = [], train.training_batch
+    monkeypatch.setattr(train, "training_batch", lambda *given: (drawn.append(torch.rand(3).tolist()), batch(*given))[1])
     for seed in ("0", "1", "2"):
         train.main([*TINY, "--seed", seed, "--out", seed, "--steps", "10"])
     assert len({tuple(numbers) for numbers in drawn}) == len(drawn) == 30
@@ -686,7 +931,7 @@ def spoil(path: str, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--targets", "q", "c_attn"], "targets c_attn: .* q, k, v, o, fc, proj"),
+    (["--targets", "c_attn"], "targets c_attn: .* q, k, v, o, fc, proj"),
     (["--targets", "("], r"targets \(: not a regular expression"),
     (["--rank", "0"], "rank 0"),
     (["--rank", "four"], "--rank.*four"),
@@ -702,22 +947,34 @@ def spoil(path: str, content: bytes) -> str:
     (["--method", "dora"], "--method.*dora"),
     (["--device", "abacus"], "--device abacus"),
     (["--nonsense"], "--nonsense"),
-    (["--data", "missing.txt"], "--data missing.txt: No such file"),
-    (["--data", "."], "--data .: Is a directory"),
+    (["--compile"], "--compile: every growth would compile"),
+    (["--context", "17"], "--context 17"),
+    (["--context", "0"], "--context 0"),
+    (["--accumulate", "5"], "--batch-size 4: must be from 5"),
+    (["--temperature", "0"], "--temperature 0"),
+    (["--task", "missing.tsv"], "--task missing.tsv: not a UTF-8 file"),
+    (["--task", "text.txt"], "--task text.txt: not a table"),
+    (["--task", "one.tsv"], "--task one.tsv: .* of 1 classes are too few"),
+    (["--task", "short.tsv"], "--task short.tsv: not a table"),
+    (["--base", "."], r"--base \.: not to be had; give a folder"),
+    (["--base", "gpt3"], "gpt3: missing"),
+    (["--data", "missing.txt"], "--data missing.txt: not a UTF-8 file; .*No such file"),
+    (["--data", "."], "--data .: not a UTF-8 file; .*Is a directory"),
     (["--data", "empty.txt"], "--data empty.txt: .* 0 tokens, shorter than one context"),
-    (["--data", "latin.txt"], "--data latin.txt: not UTF-8"),
+    (["--data", "latin.txt"], "--data latin.txt: not a UTF-8 file"),
     (["--data", "short.txt"], "--data short.txt: .* shorter than one context"),
-    (["--base", "missing.pt"], "missing.pt: no such file"),
-    (["--base", "cut.pt"], "cut.pt: damaged"),
-    (["--base", "text.txt"], "text.txt: damaged"),
-    (["--base", "other.pt"], "other.pt: damaged, or not written by train.py"),
+    (["--base", "missing.pt"], "missing.pt: missing, damaged"),
+    (["--base", "cut.pt"], "cut.pt: missing, damaged"),
+    (["--base", "text.txt"], "text.txt: missing, damaged"),
+    (["--base", "other.pt"], "other.pt: missing, damaged, or not written by train.py"),
     (["--base", "words.pt"], "words.pt: its tokenizer or its sizes are damaged"),
     (["--base", "narrow.pt"], r"wpe.weight: .*\[16, 16\].*\[8, 16\]"),
-    (["--resume", "nowhere"], "nowhere/checkpoint.pt: no such file"),
+    (["--resume", "nowhere"], "nowhere/checkpoint.pt: missing, damaged"),
     (["--resume", "nowhere", "--steps", "99"], "--resume nowhere: .* leave out steps"),
 ])
 def test_bad_input_gets_one_clear_line(home, arguments, said):
     spoil("empty.txt", b""), spoil("latin.txt", "naïve ".encode("latin-1") * 500), spoil("short.txt", b"too short a text\n" * 3)
+    write_table("one.tsv", rows=1), spoil("short.tsv", b"sentence\tlabel\nno label here\n")
     base = Path("base.pt").read_bytes()
     spoil("cut.pt", base[:len(base) // 2])
     data.save(Path("other.pt"), {"step": 1})
@@ -734,7 +991,7 @@ def test_a_checkpoint_that_does_not_fit_or_is_cut_short_is_refused(home):
     train.main([*TINY, "--rank", "2", "--steps", "4"])
     whole = Path("out/checkpoint.pt").read_bytes()
     spoil("out/checkpoint.pt", whole[:-100])
-    with pytest.raises(InputError, match="checkpoint.pt: damaged"):
+    with pytest.raises(InputError, match="checkpoint.pt: missing, damaged"):
         train.main(["--resume", "out"])
     content = torch.load(spoil("out/checkpoint.pt", whole), weights_only=True)
     content["trained"]["blocks.0.q.lora_B"] = torch.ones(9, 2)
@@ -756,24 +1013,16 @@ def test_a_write_that_fails_leaves_the_old_file(home, monkeypatch):
     assert Path("base.pt").read_bytes() == before
 
 
-def test_a_run_with_other_settings_is_not_overwritten(home):
-    train.main([*TINY, "--steps", "4"])
-    before = {p: p.read_bytes() for p in Path("out").iterdir()}
-    with pytest.raises(InputError, match="--out out: holds a run with other settings"):
-        train.main([*TINY, "--steps", "5"])
-    assert before == {p: p.read_bytes() for p in Path("out").iterdir()}
-    train.main([*TINY, "--steps", "4"])
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(home, monkeypatch):
-    original = train.batch_loss
+    original = train.predict
     calls = []
 
-    def broken(model, batch, device):
+    def broken(model, *batch):
         calls.append(model.training)
-        return original(model, batch, device) * (math.nan if sum(calls) > 7 else 1.0)
+        loss, *rest = original(model, *batch)
+        return loss * (math.nan if sum(calls) > 7 else 1.0), *rest
 
-    monkeypatch.setattr(train, "batch_loss", broken)
+    monkeypatch.setattr(train, "predict", broken)
     with pytest.raises(InputError, match="--lr .*: the loss is not finite at step 8"):
         train.main([*TINY, "--eval-interval", "5"])
     assert torch.load("out/checkpoint.pt", weights_only=True)["progress"]["step"] == 5
@@ -787,7 +1036,7 @@ class Code:
 
 
 def test_hostile_files_and_options_end_in_one_clear_error_and_run_nothing(home):
-    rng = random.Random(0)
+    rng, tokenizer = random.Random(0), data.train_tokenizer(["some text"], 270)
     whole, net = Path("base.pt").read_bytes(), adapted()[0]
     before = net(torch.arange(11)).detach()
     good = {name: tensor.clone() for name, tensor in adapter_state_dict(net).items()}
@@ -798,7 +1047,7 @@ def test_hostile_files_and_options_end_in_one_clear_error_and_run_nothing(home):
             data.load(Path(path), "config", "tokenizer", "model")
     for case in range(100):
         content = whole[:rng.randrange(len(whole))] if case % 2 else rng.randbytes(rng.randrange(3000))
-        with pytest.raises(InputError, match="^hostile.pt: damaged"):
+        with pytest.raises(InputError, match="^hostile.pt: missing, damaged"):
             data.load(Path(spoil("hostile.pt", content)), "config", "tokenizer", "model")
     for _ in range(100):
         state, name = dict(good), rng.choice([*good])
@@ -810,6 +1059,16 @@ def test_hostile_files_and_options_end_in_one_clear_error_and_run_nothing(home):
         with pytest.raises(InputError):
             load_adapter_state_dict(net, state)
     assert torch.equal(net(torch.arange(11)), before)
+    table = [*"\t\t\n\0\"ab,"] + ["sentence", "label", "text\tlabel\n", "ü", "\r\n", "x" * 200_000]
+    for _ in range(60):
+        Path("task.tsv").write_bytes("".join(rng.choices(table, k=rng.randrange(12))).encode(rng.choice(["utf-8", "utf-16"])))
+        with pytest.raises(InputError, match="^--task task.tsv: ") as error:
+            data.task_examples("task.tsv", tokenizer, 16)
+        assert "\n" not in str(error.value)
+        Path("bad.txt").write_bytes(b"fine\n" * rng.randrange(9000) + rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80"]))
+        with pytest.raises(InputError, match="^--data bad.txt: not a UTF-8 file"):
+            data.text_examples("bad.txt", tokenizer, 16)
+    assert not list(Path().glob("**/.*")), "no half-written file is left behind"
     options = ["rank", "alpha", "init-rank", "targets", "dropout", "orth", "schedule", "interval", "steps", "lr", "seed",
                "method", "eval-interval", "batch-size", "resume", "top-k"]
     junk = ["", "-1", "nan", "1e999", "0x10", "ü", "--", "'; rm", "[", "1.5", "none", "\0", "9" * 400]

@@ -15,6 +15,7 @@ plain append to four tensors and no trained number moves. From rank 3 to rank 4:
 Of each new path through B (L + U) A exactly one factor is zero, B's column: growth leaves the output as it was, yet the
 gradient is not zero. A run starts the same way, from rank 0: B = 0 and L + U = 1, which is LoRA to the last bit.
 """
+import contextlib
 import copy
 import math
 import re
@@ -25,6 +26,20 @@ from torch.nn import functional as F
 
 class InputError(ValueError):
     """What the user gave can't be used: one line that names it and the remedy."""
+
+def need(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+@contextlib.contextmanager
+def needing(message: str):
+    """What fails inside, in whatever way, is the input's fault."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})") from None
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), in float32 whatever the precision of the weight.
@@ -128,22 +143,17 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
     Raises InputError for a target that names no Linear, a number out of range, a model that has adapters.
     """
     init_rank = rank if init_rank is None else init_rank
-    if not (1 <= init_rank <= rank and 0 <= dropout < 1):
-        raise InputError(f"rank {rank}, init-rank {init_rank}, dropout {dropout}: "
-                         "need 1 <= init-rank <= rank and 0 <= dropout < 1")
-    if find_adapters(model):
-        raise InputError("the model has adapters already; merge_adapters makes them part of it")
+    need(1 <= init_rank <= rank and 0 <= dropout < 1, f"rank {rank}, init-rank {init_rank}, dropout {dropout}: "
+         "must be 1 <= init-rank <= rank and 0 <= dropout < 1")
+    need(not find_adapters(model), "the model has adapters already; merge_adapters makes them part of it")
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if isinstance(module, nn.Linear) and name}
     chosen = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        try:
+        with needing(f"targets {target}: not a regular expression"):
             matches = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
-        except re.error as error:
-            raise InputError(f"targets {target}: not a regular expression ({error})") from None
-        if not matches:
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
-            raise InputError(f"targets {target}: no nn.Linear is called that; there are: {known}")
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+        need(matches, f"targets {target}: no nn.Linear is called that; there are: {known or 'none'}")
         chosen |= matches
     model.requires_grad_(False)
     wrapped = {}  # {Linear: adapter}, as one Linear may have several names
@@ -176,14 +186,13 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 
     Raises InputError when a tensor is missing, unknown, not finite or of another shape, before any number is copied.
     """
-    if odd := sorted(adapter_state_dict(model).keys() ^ {n for n, t in state.items() if torch.is_tensor(t)}, key=str):
-        raise InputError(f"{odd[0]}: not a tensor of both file and model; use the saved run's base, method, targets")
+    odd = sorted(adapter_state_dict(model).keys() ^ {n for n, t in state.items() if torch.is_tensor(t)}, key=str)
+    need(not odd, f"{odd[:1]}: not a tensor of both file and model; use the saved run's base, method, targets")
     for name, adapter in find_adapters(model).items():
         adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank))
     for name, p in adapter_state_dict(model).items():
-        if state[name].shape != p.shape or not state[name].isfinite().all():
-            shapes = f"{list(p.shape)}, the file has shape {list(state[name].shape)}"
-            raise InputError(f"{name}: the model needs finite numbers of shape {shapes}")
+        need(state[name].shape == p.shape and state[name].isfinite().all(), f"{name}: the model needs finite numbers "
+             f"of shape {list(p.shape)}, the file has shape {list(state[name].shape)}")
     for name, p in adapter_state_dict(model).items():
         p.copy_(state[name])
 
@@ -207,17 +216,16 @@ class RankAllocator:
         self.adapters, self.optimizer, self.schedule, self.top_k = adapters, optimizer, schedule, top_k
         self.total_steps, self.warmup, self.interval, self.rank_step = total_steps, warmup, interval, rank_step
         self.budget = target_rank * len(adapters)
-        if min(interval, rank_step, top_k) < 1 or not 0 <= warmup < total_steps:
-            raise InputError(f"interval {interval}, rank-step {rank_step}, top-k {top_k}: must be 1 or more; "
-                             f"warmup {warmup}: must be from 0 to below the {total_steps} steps")
+        need(min(interval, rank_step, top_k) >= 1 and 0 <= warmup < total_steps,
+             f"interval {interval}, rank-step {rank_step}, top-k {top_k}: must be 1 or more; "
+             f"warmup {warmup}: must be from 0 to below the {total_steps} steps")
         gap, times = self.budget - self.total_rank, (total_steps - warmup) // interval
-        if times * len(adapters) * rank_step < gap:
-            raise InputError(f"rank-step {rank_step}: {times} allocations can't add the {gap} ranks of the budget; "
-                             "raise rank-step, or lower interval or warmup")
+        need(times * len(adapters) * rank_step >= gap, f"rank-step {rank_step}: {times} allocations can't add the "
+             f"{gap} ranks of the budget; raise rank-step, or lower interval or warmup")
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if not all(p in held for a in adapters.values() for p in a.parameters() if p.requires_grad):
-            raise InputError("optimizer: it lacks parameters of the adapters; make it after add_adapters")
-        self.baseline, self.decided = self.importances(), {}  # decided: the scores of the last allocation
+        need(all(p in held for a in adapters.values() for p in a.parameters() if p.requires_grad),
+             "optimizer: it lacks parameters of the adapters; make it after add_adapters")
+        self.state, self.decided = {"baseline": self.importances()}, {}  # what resuming needs; the last scores
         if pace_young not in optimizer._optimizer_step_pre_hooks.values():  # once, whatever the number of allocators
             optimizer.register_step_pre_hook(pace_young)
 
@@ -229,8 +237,8 @@ class RankAllocator:
         return dict(zip(self.adapters, torch.stack([a.importance() for a in self.adapters.values()]).tolist()))
 
     def scores(self) -> dict[str, float]:
-        """{module name: score} of every matrix. To try another signal, override this."""
-        return {name: now - self.baseline[name] for name, now in self.importances().items()}
+        """{module name: score} of the matrices that may grow. To try another signal, override this."""
+        return {name: now - self.state["baseline"][name] for name, now in self.importances().items()}
 
     def count(self, t: int, total: int) -> int:
         """k, how many matrices grow at step t when the total rank is `total`; 0 at steps without allocation."""
@@ -241,15 +249,6 @@ class RankAllocator:
         k = math.floor(SCHEDULES[self.schedule](progress, rest, self.top_k) + 1e-9)  # 28.999999999999996 means 29
         return min(max(k, 1), len(self.adapters), math.ceil(rest / self.rank_step))
 
-    def plan(self) -> list[tuple[int, int]]:
-        """(step, total rank after it) of all allocations: scores decide who grows, never how many."""
-        total, steps = self.total_rank, []
-        for t in range(1, self.total_steps + 1):
-            if k := self.count(t, total):
-                total = min(total + k * self.rank_step, self.budget)
-                steps.append((t, total))
-        return steps
-
     def step(self, t: int) -> list[str]:
         """Call after optimiser step t = 1, 2, ..., total_steps. Returns the names of the matrices that grew."""
         grown = []
@@ -259,26 +258,25 @@ class RankAllocator:
         for name in grown:
             self.adapters[name].grow(min(self.rank_step, self.budget - self.total_rank), self.optimizer)
         if grown or t == self.warmup:
-            self.baseline = self.importances()
+            self.state["baseline"] = self.importances()
         return grown
 
-    def state_dict(self) -> dict:  # what resuming needs beside the model's and the optimiser's own
-        return {"baseline": self.baseline}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.baseline = state["baseline"]
+# Who grows. A class with other scores() is an entry here, and train.py's --signal.
+SIGNALS = {"importance": RankAllocator}
 
 def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int) -> None:
     """`new` takes the place of `old` in its group, and its moments, to which the new entries append zeros."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     if state := optimizer.state.pop(old, None):
-        start, length = old.shape[axis], new.shape[axis] - old.shape[axis]
+        length = new.shape[axis] - old.shape[axis]
+        born = state.pop("born", old.new_zeros(old.shape[axis])).flatten()  # after which step an entry came
         for key, value in state.items():
             if torch.is_tensor(value) and value.shape == old.shape:
                 state[key] = torch.cat((value, torch.zeros_like(new.data).narrow(axis, 0, length)), dim=axis)
         if "exp_avg_sq" in state:
-            state.setdefault("young", []).append([axis, start, length, int(state["step"]), 0, 1.0])
+            born = torch.cat((born, state["step"].to(born).expand(length)))
+            state["born"] = born.view([-1 if d == axis else 1 for d in range(new.dim())])
         optimizer.state[new] = state
 
 @torch.no_grad()
@@ -289,12 +287,13 @@ def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:
     move sqrt(c) times too fast, up to 6: c = ((1 - b1^k) / (1 - b1^t))^2 (1 - b2^t) / (1 - b2^k). So its exp_avg_sq is
     kept at c times the fresh one's; where c < 1 it is left, as slower than fresh does no harm.
     """
+    def pace(t: Tensor, born: Tensor, b1: float, b2: float) -> Tensor:
+        k = (t - born).clamp(min=1)
+        return (((1 - b1 ** k) / (1 - b1 ** t)) ** 2 * (1 - b2 ** t) / (1 - b2 ** k)).clamp(min=1)
+
     for group in optimizer.param_groups:
         for p in group["params"]:
-            for entry in optimizer.state.get(p, {}).get("young", []) if p.grad is not None else []:
-                (b1, b2), (axis, start, length, born, age, c_before) = group["betas"], entry
-                k, t = age + 1, born + age + 1
-                c = max(1.0, ((1 - b1 ** k) / (1 - b1 ** t)) ** 2 * (1 - b2 ** t) / (1 - b2 ** k))
-                second, gradient = (x.narrow(axis, start, length) for x in (optimizer.state[p]["exp_avg_sq"], p.grad))
-                second.mul_(c / c_before).addcmul_(gradient, gradient, value=(c - 1) * (1 - b2) / b2)
-                entry[-2:] = k, c
+            if "born" in (state := optimizer.state.get(p, {})) and p.grad is not None:
+                t, born, b2 = state["step"], state["born"], group["betas"][1]
+                c, before = pace(t + 1, born, *group["betas"]), pace(t, born, *group["betas"])
+                state["exp_avg_sq"].mul_(c / before).addcmul_(p.grad, p.grad * (c - 1) * (1 - b2) / b2)

@@ -17,6 +17,24 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # told a
 KINDS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
 
 
+def planned_growth(allocator) -> list[tuple[int, int]]:
+    """(step, total rank after it) of all allocations to come: scores decide who grows, never how many."""
+    total, plan = allocator.total_rank, []
+    for t in range(1, allocator.total_steps + 1):
+        if k := allocator.count(t, total):
+            total = min(total + k * allocator.rank_step, allocator.budget)
+            plan.append((t, total))
+    return plan
+
+
+def results(entry: dict, split: str) -> str:
+    """A split's results in words."""
+    text = f"{split} loss {entry[f'{split}_loss']:.4f} nats"
+    if f"{split}_accuracy" in entry:
+        return text + f", accuracy {entry[f'{split}_accuracy']:.1%}, macro F1 {entry[f'{split}_f1']:.3f}"
+    return text + f"/token, perplexity {math.exp(entry[f'{split}_loss']):.2f}"
+
+
 def tell(log: list[dict]) -> str:
     """The last entry of a log in words; the one text that the console shows of it."""
     entry = log[-1]
@@ -25,25 +43,26 @@ def tell(log: list[dict]) -> str:
         text = (f"device    {entry['device']}\n"
                 f"model     {entry['parameters']:,} parameters, {entry['trainable']:,} of them trainable\n")
         if entry["ranks"]:
-            text += f"adapted   {len(entry['ranks'])} matrices ({' '.join(settings['targets'])}) by {settings['method']}\n"
+            text += f"adapted   {len(entry['ranks'])} matrices ({settings['targets']}) by {settings['method']}\n"
         if plan:
             text += (f"growth    {settings['schedule']}: total rank {entry['total_rank']} -> {plan[-1][1]} of a budget of "
                      f"{entry['budget']}, {len(plan)} allocations from step {plan[0][0]} to step {plan[-1][0]}\n")
             if plan[-1][1] < entry["budget"]:
                 text += (f"warning   {entry['budget'] - plan[-1][1]} ranks of the budget can't be spent; lower --interval or "
                          "--warmup, or raise --rank-step or --top-k\n")
-        return text + f"base      test loss {entry['test_loss']:.4f} nats/token"
+        if entry["classes"]:
+            text += f"classes   {' '.join(entry['classes'])}\n"
+        return text + f"base      {results(entry, 'test')}"
     if entry["kind"] == "allocation":
         return (f"step {entry['step']:5}  total rank {entry['total_rank']}/{log[0]['budget']}, threshold "
                 f"{entry['threshold']:+.1e}, grown: {' '.join(entry['grown'])}")
     if entry["kind"] == "eval":
-        return (f"step {entry['step']:5}  train {entry['train_loss']:.4f}  val {entry['val_loss']:.4f} nats/token  "
+        return (f"step {entry['step']:5}  train loss {entry['train_loss']:.4f}  {results(entry, 'val')}  "
                 f"total rank {entry['total_rank']}  trainable {entry['trainable']:,}  "
                 f"{entry['tokens_per_second']:,.0f} tokens/s")
     text = ""
     for word, end in {"before": log[0], "after": entry}.items():
-        text += (f"\n{word} adapting: test loss {end['test_loss']:.4f} nats/token, perplexity "
-                 f"{math.exp(end['test_loss']):.2f}\n{end['sample'].strip()}\n")
+        text += f"\n{word} adapting: {results(end, 'test')}\n{end.get('sample', '').strip()}\n"
     return text + (f"\ntrainable parameters: {log[0]['trainable']:,} at first, {entry['peak_trainable']:,} at most, "
                    f"{entry['trainable']:,} in the end\n"
                    f"{entry['seconds']:.1f} s of training, {entry['growth_seconds']:.2f} s of growth")
@@ -63,13 +82,13 @@ def draw_run(folder: Path) -> Path:
     ranks = log[-1]["ranks"]
     figure, ((loss, total), (final, importance)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     before, after = log[0]["test_loss"], log[-1].get("test_loss")
-    title = f"{config['method']}, {config['schedule']} schedule, {config['data']}: test loss {before:.3f}"
-    figure.suptitle(title + (f" to {after:.3f} nats per token" if after else " before adapting"))
+    title = f"{config['method']}, {config['schedule']} schedule, {config['task'] or config['data']}: test loss {before:.3f}"
+    figure.suptitle(title + (f" to {after:.3f} nats" if after else " before adapting"))
 
     steps = [entry["step"] for entry in evals]
     loss.plot(steps, [entry["train_loss"] for entry in evals], color=GREY, linestyle="--", label="train")
     loss.plot(steps, [entry["val_loss"] for entry in evals], color=BLUE, marker="o", label="validation")
-    loss.set(title="How well does it predict?", xlabel="step", ylabel="loss (nats per token)")
+    loss.set(title="How well does it predict?", xlabel="step", ylabel="loss (nats)")
     loss.legend()
 
     if not ranks:
