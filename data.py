@@ -112,8 +112,8 @@ class Windows:
         window = self.tokens[i * self.stride:i * self.stride + self.context + 1].astype(np.int64)
         return torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
 
-def text_examples(name: str, tokenizer: Tokenizer, context: int) -> dict[str, Windows]:
-    """{split: windows} of a corpus. In training they begin anywhere, in evaluation they do not overlap.
+def text_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[str, Windows], list]:
+    """({split: windows}, no classes) of a corpus. In training they begin anywhere, in evaluation they do not overlap.
 
     The tokens are memory-mapped from the cache, under a name that hashes text and tokenizer; made there at need.
     Raises InputError when a split is not longer than one context.
@@ -132,7 +132,7 @@ def text_examples(name: str, tokenizer: Tokenizer, context: int) -> dict[str, Wi
         need(size > context, f"--data {name}: its {split} split has {size} tokens, shorter than one context of "
              f"{context} + 1; give a longer text")
         examples[split] = Windows(np.memmap(path, dtype, "r"), context, 1 if split == "train" else context)
-    return examples
+    return examples, []
 
 def task_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[str, list], list[str]]:
     """({split: [(inputs, targets)]}, classes) of texts to classify; inputs and targets are (time,), int64.

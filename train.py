@@ -1,17 +1,13 @@
 """Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show how the ranks grow.
 
     python train.py --schedule linear                      # pretrains a base once, then adapts it; no download
-    python train.py --method lora --rank 4 --data my.txt   # plain LoRA, on a text of yours
-    python train.py --task modules                         # texts to classify, here docstrings; or a .tsv file
-    python train.py --resume runs/triadapt-linear          # goes on after Ctrl-C, to the same bits
-    python train.py --resume runs/triadapt-linear --generate "The assert statement" --merge merged.pt
+    python train.py --base gpt2 --task reviews.tsv         # published weights, texts to classify
+    python train.py --resume runs/triadapt-linear          # goes on after Ctrl-C, to the same bits; also to --generate
     torchrun --standalone --nproc_per_node=2 train.py      # several processes share each batch
 
 The results go to runs/NAME: config.json, log.jsonl, adapter.pt, checkpoint.pt and run.png.
 """
 import argparse
-import copy
-import itertools
 import json
 import math
 import os
@@ -140,7 +136,7 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Toke
         if not path.exists():
             say("no base model is cached yet: it is pretrained on code first")
             main([*recipe, "--out", str(path.with_suffix("")), "--merge", str(path)])
-    published = args.base.startswith("gpt2") or path.is_dir()
+    published = path.is_dir() or args.base in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     base = load_gpt2(args.base) if published else load(path, "config", "tokenizer", "model")
     with needing(f"--base {path}: its tokenizer or its sizes are damaged"):
         tokenizer, model = Tokenizer.from_str(base["tokenizer"]), GPT(GPTConfig(**base["config"]))
@@ -177,16 +173,14 @@ class Run:
     """One training run: its parts, how far it has come, and the log of it."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.out, self.device, self.classes = args, Path(args.out), pick_device(args.device), []
+        self.args, self.out, self.device = args, Path(args.out), pick_device(args.device)
         self.model, self.tokenizer = load_base(args, self.device)
         config = self.model.config
         context = config.context if args.context is None else args.context
-        need(1 <= context <= config.context and not config.classes,
-             f"--context {context}, --base {args.base}: must be a language model that reads as many tokens at once")
-        if args.task:
-            self.examples, self.classes = task_examples(args.task, self.tokenizer, context)
-        else:
-            self.examples = text_examples(args.data, self.tokenizer, context)
+        need(1 <= context <= config.context and not config.classes, f"--context {context}, --base {args.base}: must be "
+             f"from 1 to {config.context} tokens, and a language model")
+        read = task_examples if args.task else text_examples
+        self.examples, self.classes = read(args.task or args.data, self.tokenizer, context)
         torch.manual_seed(args.seed)
         if args.method != "full":
             add_adapters(self.model, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout)
@@ -218,8 +212,8 @@ class Run:
             save(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
 
     def merge(self, path: Path) -> None:
-        """Write the model with its adapters merged: a file for --base."""
-        model = merge_adapters(copy.deepcopy(self.model))
+        """Merge the adapters into the model's weights, and write them: a file for --base."""
+        model = merge_adapters(self.model)
         if PROCESS == 0:
             save(path, {"config": asdict(model.config), "tokenizer": self.tokenizer.to_str(), "model": model.state_dict()})
         if WORLD > 1:
@@ -240,7 +234,7 @@ class Run:
         self.model.eval()
         loss, count, n = torch.zeros((), device=self.device), torch.zeros((), device=self.device), len(self.classes)
         confusion = torch.zeros(n, n, device=self.device)  # (true, predicted)
-        for batch in itertools.islice(batches(self.examples[split], self.args.batch_size), PROCESS, None, WORLD):
+        for batch in [*batches(self.examples[split], self.args.batch_size)][PROCESS::WORLD]:
             total, logits, targets = predict(self.model, *batch, self.device)
             known = targets != NO_TARGET
             loss, count = loss + total, count + known.sum()
@@ -259,15 +253,13 @@ class Run:
         need(not self.classes, "--generate: the run's model tells classes apart, it writes no text; leave --generate out")
         ids = self.tokenizer.encode(prompt or END_OF_TEXT).ids
         ids = generate(self.model.eval(), torch.tensor([ids], device=self.device), 60, temperature, top_k, seed)
+        self.model.train()
         return self.tokenizer.decode(ids[0].tolist())
 
     def test(self) -> dict:
         """The results on the test split, and how the model goes on from its first words, with the same draws each time."""
-        sample = {}
-        if not self.classes:
-            prompt = self.tokenizer.decode(self.examples["test"][0][0][:16].tolist())
-            sample = {"sample": self.sample(prompt, 0.8, 50, 0)}
-        return self.evaluate("test") | sample
+        prompt = self.tokenizer.decode(self.examples["test"][0][0][:16].tolist())
+        return self.evaluate("test") | ({} if self.classes else {"sample": self.sample(prompt, 0.8, 50, 0)})
 
     def train(self) -> None:
         """The loop. All chance in a step comes from (seed, step), so that a checkpoint needs no generator's state."""

@@ -113,7 +113,7 @@ class Measured(train.Run):
 def code_loss(run: train.Run) -> float:
     """Loss on held-out code, the text of the base's pretraining, in nats per token: 64 windows."""
     config, run.model.config = run.model.config, dataclasses.replace(run.model.config, classes=0)
-    examples = text_examples("code", run.tokenizer, config.context)["test"]
+    examples = text_examples("code", run.tokenizer, config.context)[0]["test"]
     chosen = [examples[i] for i in range(0, len(examples), len(examples) // 64)][:64]
     total = sum(train.predict(run.model, *batch, run.device)[0].item() for batch in batches(chosen, 8))
     run.model.config = config

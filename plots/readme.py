@@ -3,6 +3,7 @@
     python plots/readme.py            # rewrites the tables
 """
 import json
+import random
 import statistics
 from pathlib import Path
 
@@ -36,6 +37,50 @@ def defaults_table(lines: list[str]) -> str:
     return "\n".join(text)
 
 
+def bootstrap(differences: list[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean, from 10 000 resamples with a fixed seed."""
+    rng = random.Random(0)
+    means = sorted(statistics.mean(rng.choices(differences, k=len(differences))) for _ in range(10_000))
+    return means[250], means[9750]
+
+
+def chosen_cells(cells: list[dict]) -> dict[str, dict[int, dict]]:
+    """{row: {seed: cell}} of one task, at each row's learning rate of lowest validation loss on seed 0."""
+    rows = {}
+    for row in dict.fromkeys(cell["row"] for cell in cells):
+        tried = {cell["rate"]: cell["val"]["loss"] for cell in cells if cell["row"] == row and cell["seed"] == 0}
+        rate = min(tried, key=tried.get)
+        rows[row] = {cell["seed"]: cell for cell in cells if cell["row"] == row and cell["rate"] == rate}
+    return rows
+
+
+def compare_table(lines: list[str]) -> str:
+    """plots/compare.jsonl, a table per task: mean and deviation, paired difference to LoRA, and what it costs."""
+    cells, text = [json.loads(line) for line in lines], []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        rows = chosen_cells([cell for cell in cells if cell["task"] == task])
+        metric, better = ("accuracy", "higher") if task == "modules" else ("loss", "lower")
+        before = cells[[cell["task"] for cell in cells].index(task)]["before"][metric]
+        text += [f"**{task}**: test {metric} ({better} is better; {before:.3f} before adapting)", "",
+                 f"| | seeds | test {metric} | minus LoRA, paired, 95 % | learning rate | trainable: first, mean, last | "
+                 "forgetting | seconds |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        order = sorted(rows, key=lambda row: statistics.mean(c["test"][metric] for c in rows[row].values()))
+        for row in order if better == "lower" else order[::-1]:
+            runs = rows[row]
+            values = [cell["test"][metric] for cell in runs.values()]
+            paired = [runs[seed]["test"][metric] - rows["LoRA"][seed]["test"][metric] for seed in runs if seed in rows["LoRA"]]
+            low, high = bootstrap(paired)
+            gap = "" if row == "LoRA" else f"{statistics.mean(paired):+.4f} ({low:+.4f} to {high:+.4f})"
+            first, mean, last = (round(statistics.mean(cell["trainable"][key] for cell in runs.values()))
+                                 for key in ("initial", "mean", "final"))
+            text.append(f"| {row} | {len(runs)} | {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f} | {gap} | "
+                        f"{next(iter(runs.values()))['rate']:g} | {first:,}, {mean:,}, {last:,} | "
+                        f"{statistics.mean(cell['forgetting'] for cell in runs.values()):.2f} | "
+                        f"{statistics.median(cell['seconds'] for cell in runs.values()):.0f} |")
+        text.append("")
+    return "\n".join(text)
+
+
 def first_run(lines: list[str]) -> str:
     """What to expect of the main command, from the log of the committed run."""
     log = [json.loads(line) for line in lines]
@@ -47,7 +92,8 @@ def first_run(lines: list[str]) -> str:
 def render(readme: str) -> str:
     """README's text with every generated part made anew."""
     parts = {"first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
-             "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines())}
+             "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines()),
+             "comparison": compare_table((HERE / "compare.jsonl").read_text().splitlines())}
     for name, text in parts.items():
         begin, end = f"<!-- {name}: written by plots/readme.py -->", f"<!-- end of {name} -->"
         head, _, rest = readme.partition(begin)
