@@ -81,6 +81,19 @@ def compare_table(lines: list[str]) -> str:
     return "\n".join(text)
 
 
+def planted_table(lines: list[str]) -> str:
+    """plots/planted.jsonl: where the rank went, and the divergence that was left."""
+    cells = [json.loads(line) for line in lines]
+    text = ["| signal | seeds | share of the added rank in planted matrices | rank correlation | final KL, nats per token |",
+            "| --- | --- | --- | --- | --- |"]
+    for signal in dict.fromkeys(cell["signal"] for cell in cells):
+        runs = [cell for cell in cells if cell["signal"] == signal]
+        columns = [[cell[key] for cell in runs] for key in ("share", "correlation", "kl")]
+        values = [f"{statistics.mean(c):.{n}f} ± {statistics.stdev(c):.{n}f}" for c, n in zip(columns, (2, 2, 4))]
+        text.append(f"| {signal} | {len(runs)} | {' | '.join(values)} |")
+    return "\n".join(text)
+
+
 def first_run(lines: list[str]) -> str:
     """What to expect of the main command, from the log of the committed run."""
     log = [json.loads(line) for line in lines]
@@ -93,6 +106,7 @@ def render(readme: str) -> str:
     """README's text with every generated part made anew."""
     parts = {"first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
              "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines()),
+             "planted": planted_table((HERE / "planted.jsonl").read_text().splitlines()),
              "comparison": compare_table((HERE / "compare.jsonl").read_text().splitlines())}
     for name, text in parts.items():
         begin, end = f"<!-- {name}: written by plots/readme.py -->", f"<!-- end of {name} -->"
