@@ -40,7 +40,7 @@ NOT_CODE = re.compile(r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_da
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name to write to, which becomes `path` when the block ends: the file is there whole, or not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     yield temporary
     os.replace(temporary, path)
 

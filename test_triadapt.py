@@ -918,6 +918,13 @@ def test_equal_runs_have_equal_bits_and_another_seed_has_others(home):
         assert_same_bits(outcome("out"), outcome("other"))
 
 
+def test_files_of_equal_content_have_equal_bytes_whichever_process_wrote_them(home, monkeypatch):
+    for process in (11, 22222):
+        monkeypatch.setattr(os, "getpid", lambda: process)
+        data.save(Path(f"{process}/adapter.pt"), {"first.lora_A": torch.ones(2)})
+    assert Path("11/adapter.pt").read_bytes() == Path("22222/adapter.pt").read_bytes()
+
+
 def test_no_two_steps_of_any_two_seeds_draw_the_same_numbers(home, monkeypatch):
     drawn, batch = [], train.training_batch
     monkeypatch.setattr(train, "training_batch", lambda *given: (drawn.append(torch.rand(3).tolist()), batch(*given))[1])
