@@ -33,16 +33,12 @@ class GPTConfig:
 
 class Block(nn.Module):
     """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
-        width = config.width
-        self.heads = config.heads
-        self.ln1 = nn.LayerNorm(width)
+        self.heads, width = config.heads, config.width
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.ln2 = nn.LayerNorm(width)
-        self.fc = nn.Linear(width, 4 * width)
-        self.proj = nn.Linear(4 * width, width)
+        self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, time, width)
         h = self.ln1(x)
@@ -53,7 +49,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). forward: token numbers (batch, time) -> logits (batch, time, vocab_size or classes)."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -61,8 +56,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln = nn.LayerNorm(config.width)
-        if config.classes:
-            self.classify(config.classes)
+        self.classify(config.classes)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -74,15 +68,14 @@ class GPT(nn.Module):
     def classify(self, classes: int) -> None:
         """Turn into a classifier: a new head, which starts at zero, takes the place of the one tied to the embedding."""
         self.config = replace(self.config, classes=classes)
-        self.head = nn.Linear(self.config.width, classes, bias=False, device=self.wte.weight.device)
-        nn.init.zeros_(self.head.weight)
+        self.head = nn.Parameter(self.wte.weight.new_zeros(classes, self.config.width)) if classes else None
 
     def forward(self, ids: Tensor) -> Tensor:  # (batch, time), time <= context
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
-            x = block(x)                              # (batch, time, width)
-        head = self.head if self.config.classes else self.wte
-        return F.linear(self.ln(x), head.weight)      # (batch, time, vocab_size or classes)
+            x = block(x)                   # (batch, time, width)
+        head = self.wte.weight if self.head is None else self.head
+        return F.linear(self.ln(x), head)  # (batch, time, vocab_size or classes)
 
 @torch.no_grad()
 def generate(model: GPT, ids: Tensor, length: int, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> Tensor:
@@ -97,10 +90,8 @@ def generate(model: GPT, ids: Tensor, length: int, temperature: float = 0.8, top
 
 def load_gpt2(name: str) -> dict:
     """Published GPT-2 weights as the content of a base file: {"config", "tokenizer", "model"}.
-
     name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, to be downloaded once; or a folder that holds the same files.
-    Raises InputError without a network, and for a folder that lacks a file.
-    """
+    Raises InputError without a network, and for a folder that lacks a file."""
     files = ["config.json", "tokenizer.json", "pytorch_model.bin"]
     with needing(f"--base {name}: not to be had; give a folder that holds GPT-2's {', '.join(files)}"):
         folder = Path(name if Path(name).is_dir() else snapshot_download(f"openai-community/{name}", allow_patterns=files))

@@ -36,25 +36,18 @@ def needing(message: str):
     """What fails inside, in whatever way, is the input's fault."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
-        raise InputError(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})") from None
+        raise error if isinstance(error, InputError) else InputError(f"{message} ({error!r:.200})") from None
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), in float32 whatever the precision of the weight.
-
-    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and uses them in down.
-    """
+    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and uses them in down."""
     GROWS_ALONG = {"lora_A": 0, "lora_B": 1}  # tensor: the axis that a new rank is appended to
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
         self.base, self.scale, self.dropout, self.rank = base.requires_grad_(False), scale, dropout, 0
-        empty = {"lora_A": (0, base.in_features), "lora_B": (base.out_features, 0)}
-        for name in self.GROWS_ALONG:
-            tensor = torch.empty(empty.get(name, 0), device=base.weight.device, dtype=torch.float32)
-            setattr(self, name, nn.Parameter(tensor))
+        self.bias = base.bias  # as `weight`, for code that reads it
         self.grow(rank)  # the first ranks come as all later ones do
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
@@ -64,9 +57,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def grow(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Append n ranks. Every tensor becomes a new nn.Parameter, which begins with the old one's numbers."""
+        """Append n ranks. Every tensor becomes a new nn.Parameter that begins with the old one's numbers."""
         for name, entries in self.new_entries(n).items():
-            old, axis = getattr(self, name), self.GROWS_ALONG[name]
+            axis, entries = self.GROWS_ALONG[name], entries.to(self.base.weight.device)
+            old = getattr(self, name, nn.Parameter(entries.narrow(axis, 0, 0)))  # at first there is none: rank 0
             new = nn.Parameter(torch.cat((old, entries.to(old)), dim=axis), requires_grad=old.requires_grad)
             setattr(self, name, new)
             if optimizer is not None:
@@ -82,7 +76,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)                                     # (n, d_out)
         x = F.dropout(x, self.dropout, self.training)
         h = F.linear(x, self.down().to(x.dtype))             # (n, r)
-        # In place, since y is ours alone: one more (n, d_out) tensor would cost more than the low-rank product.
+        # In place, as y is ours alone: one more (n, d_out) tensor would cost more than the low-rank product.
         y.addmm_(h.to(y.dtype), self.lora_B.t().to(y.dtype))
         return y.view(*shape, y.shape[-1])
 
@@ -94,10 +88,6 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """W + delta_weight(), for code that reads the weight of a Linear and never calls it, as torch's attention."""
         return (self.base.weight.float() + self.delta_weight()).to(self.base.weight.dtype)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -112,7 +102,7 @@ class TriAdaptLinear(LoRALinear):
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         """As LoRA's, plus rows of L that end in a 1 and zero columns of U: the identity goes on."""
-        row, column = torch.tril_indices(self.rank + n, self.rank + n)[:, len(self.lora_L):]
+        row, column = torch.tril_indices(self.rank + n, self.rank + n)[:, self.rank * (self.rank + 1) // 2:]
         rows = (row == column).float()
         return super().new_entries(n) | {"lora_L": rows, "lora_U": torch.zeros_like(rows)}
 
@@ -136,32 +126,27 @@ METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
 def add_adapters(model: nn.Module, targets: str | list[str], method: str = "triadapt", rank: int = 8,
                  init_rank: int | None = None, alpha: float = 16, dropout: float = 0.0) -> dict[str, LoRALinear]:
     """Put an adapter around each targeted nn.Linear, freeze all else, and return {module name: adapter}.
-
     targets: suffixes of module names ("q", "attn.q"), or regular expressions for one ("q|v", r"blocks\\.[01]\\.fc").
     rank: the target rank. It fixes the scale alpha / rank for good: only a constant scale makes growth exact.
     init_rank: the rank to start from; None means `rank`. A Linear with two names gets one adapter.
-    Raises InputError for a target that names no Linear, a number out of range, a model that has adapters.
-    """
+    Raises InputError for a target that names no Linear, a number out of range, a model that has adapters."""
     init_rank = rank if init_rank is None else init_rank
-    need(1 <= init_rank <= rank and 0 <= dropout < 1, f"rank {rank}, init-rank {init_rank}, dropout {dropout}: "
-         "must be 1 <= init-rank <= rank and 0 <= dropout < 1")
+    need(1 <= init_rank <= rank, f"rank {rank}, init-rank {init_rank}: must be 1 <= init-rank <= rank")
+    need(0 <= dropout < 1, f"dropout {dropout}: must be from 0 to below 1")
     need(not find_adapters(model), "the model has adapters already; merge_adapters makes them part of it")
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if isinstance(module, nn.Linear) and name}
-    chosen = set()
+    known, chosen = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)), set()
     for target in [targets] if isinstance(targets, str) else targets:
         with needing(f"targets {target}: not a regular expression"):
             matches = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
         need(matches, f"targets {target}: no nn.Linear is called that; there are: {known or 'none'}")
         chosen |= matches
     model.requires_grad_(False)
-    wrapped = {}  # {Linear: adapter}, as one Linear may have several names
-    for name, linear in linears.items():
-        if name in chosen:
-            if linear not in wrapped:
-                wrapped[linear] = METHODS[method](linear, init_rank, alpha / rank, dropout).train(linear.training)
-            model.set_submodule(name, wrapped[linear])
+    wrapped = {linear: METHODS[method](linear, init_rank, alpha / rank, dropout).train(linear.training)
+               for name, linear in linears.items() if name in chosen}  # by Linear, as one may have several names
+    for name in chosen:
+        model.set_submodule(name, wrapped[linears[name]])
     return find_adapters(model)
 
 def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -183,11 +168,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what adapter_state_dict gave into a model with the same adapters, growing them to the saved ranks.
-
-    Raises InputError when a tensor is missing, unknown, not finite or of another shape, before any number is copied.
-    """
+    Raises InputError when a tensor is missing, unknown, not finite or of another shape, before any number is copied."""
     odd = sorted(adapter_state_dict(model).keys() ^ {n for n, t in state.items() if torch.is_tensor(t)}, key=str)
-    need(not odd, f"{odd[:1]}: not a tensor of both file and model; use the saved run's base, method, targets")
+    need(not odd, f"{odd[:1]}: not a tensor of both file and model; use the saved run's base, method and targets")
     for name, adapter in find_adapters(model).items():
         adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank))
     for name, p in adapter_state_dict(model).items():
@@ -205,20 +188,16 @@ SCHEDULES = {
 
 class RankAllocator:
     """Every `interval` steps after `warmup`, grows the k matrices of highest score by rank_step, up to the budget.
-
     The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go
     to the first in module order. A score is the change of importance() since the last allocation, growth left out.
-    Raises InputError for numbers that are out of range, or can't reach the budget.
-    """
-
+    Raises InputError for numbers that are out of range, or can't reach the budget."""
     def __init__(self, adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, *, schedule: str = "linear",
                  target_rank: int, total_steps: int, warmup: int, interval: int, rank_step: int = 1, top_k: int = 1):
         self.adapters, self.optimizer, self.schedule, self.top_k = adapters, optimizer, schedule, top_k
         self.total_steps, self.warmup, self.interval, self.rank_step = total_steps, warmup, interval, rank_step
         self.budget = target_rank * len(adapters)
-        need(min(interval, rank_step, top_k) >= 1 and 0 <= warmup < total_steps,
-             f"interval {interval}, rank-step {rank_step}, top-k {top_k}: must be 1 or more; "
-             f"warmup {warmup}: must be from 0 to below the {total_steps} steps")
+        need(min(interval, rank_step, top_k) >= 1 and 0 <= warmup < total_steps, f"interval {interval}, rank-step "
+             f"{rank_step}, top-k {top_k}: must be 1 or more; warmup {warmup}: 0 to below the {total_steps} steps")
         gap, times = self.budget - self.total_rank, (total_steps - warmup) // interval
         need(times * len(adapters) * rank_step >= gap, f"rank-step {rank_step}: {times} allocations can't add the "
              f"{gap} ranks of the budget; raise rank-step, or lower interval or warmup")
@@ -282,12 +261,10 @@ def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
 @torch.no_grad()
 def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:
     """Before an optimiser step, set second moments such that new entries move as in a freshly started Adam.
-
     Adam corrects its moments by the tensor's step count t, but an entry of age k has summed k gradients only. It would
     move sqrt(c) times too fast, up to 6: c = ((1 - b1^k) / (1 - b1^t))^2 (1 - b2^t) / (1 - b2^k). So its exp_avg_sq is
-    kept at c times the fresh one's; where c < 1 it is left, as slower than fresh does no harm.
-    """
-    def pace(t: Tensor, born: Tensor, b1: float, b2: float) -> Tensor:
+    kept at c times the fresh one's; where c < 1 it is left, as slower than fresh does no harm."""
+    def pace(t: Tensor, born: Tensor, b1: float, b2: float) -> Tensor:  # c
         k = (t - born).clamp(min=1)
         return (((1 - b1 ** k) / (1 - b1 ** t)) ** 2 * (1 - b2 ** t) / (1 - b2 ** k)).clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""What a run's log says, for people: a line for the console per entry, and the four panels of run.png.
+"""What a run's log holds, and what it says to people: a line for the console per entry, and the four panels of run.png.
 
     python plots/run.py runs/NAME      # tells and draws runs/NAME/log.jsonl again
 """
@@ -25,6 +25,26 @@ def planned_growth(allocator) -> list[tuple[int, int]]:
             total = min(total + k * allocator.rank_step, allocator.budget)
             plan.append((t, total))
     return plan
+
+
+def log_entry(run, kind: str, **values) -> dict:
+    """A line of log.jsonl: how far a train.Run is, each matrix's rank, importance and score, what kind tells, and values."""
+    args, allocator = run.args, run.allocator
+    ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
+    entry = {"kind": kind, "step": run.step, "total_rank": sum(ranks.values()), "ranks": ranks,
+             "trainable": sum(p.numel() for p in run.model.parameters() if p.requires_grad)}
+    if allocator:
+        entry |= {"score": allocator.scores(), "importance": allocator.importances()}
+    if kind == "start":
+        entry |= {"device": str(run.device), "settings": vars(args), "classes": run.classes,
+                  "parameters": sum(p.numel() for p in run.model.parameters())}
+        entry |= {"plan": planned_growth(allocator), "budget": allocator.budget} if allocator else {}
+    if kind == "allocation":
+        entry |= {"score": allocator.decided, "threshold": min(allocator.decided[name] for name in values["grown"])}
+    if kind == "end":
+        entry |= {"seconds": run.seconds, "growth_seconds": run.growth_seconds,
+                  "peak_trainable": max(entry["trainable"] for entry in run.log)}
+    return entry | values
 
 
 def results(entry: dict, split: str) -> str:
