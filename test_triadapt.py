@@ -565,10 +565,11 @@ def test_batches_depend_on_seed_and_step_and_evaluation_reads_each_token_once(ho
     assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
     again, other, later = (data.training_batch(examples["train"], 4, *at)[0] for at in ((0, 7), (1, 7), (0, 8)))
     assert torch.equal(x, again) and not torch.equal(x, other) and not torch.equal(x, later)
-    tokens = {split: windows.tokens for split, windows in examples.items()}
+    tokens = {split: np.fromfile(next(Path("cache").glob(f"*-{split}.bin")), np.uint16) for split in examples}
     seen = torch.cat([y.flatten() for _, y in data.batches(examples["val"], 4)])
     assert torch.equal(seen, torch.from_numpy(tokens["val"][1:len(seen) + 1].astype(np.int64)))
-    assert len(tokens["val"]) - len(seen) <= 16 and isinstance(tokens["train"], np.memmap)
+    assert len(tokens["val"]) - len(seen) <= 16 and len(examples["train"]) == len(tokens["train"]) - 16
+    assert examples["train"].untyped_storage().nbytes() == 2 * len(tokens["train"])  # the windows share the file's memory
     text = "".join(data.documents("text.txt"))
     assert text == Path("text.txt").read_text()
     ids = np.concatenate([tokens[split] for split in ("train", "val", "test")])
@@ -775,7 +776,7 @@ def test_a_task_is_learned_told_drawn_resumed_and_not_asked_for_text(home, monke
     told = capsys.readouterr().out
     assert "classes   shape size speed" in told and "accuracy" in told and Path("out/run.png").exists()
     state = torch.load("out/adapter.pt", weights_only=True)
-    assert {name for name in state if "lora_" not in name} == {"head.weight"}  # the head is trained and saved too
+    assert {name for name in state if "lora_" not in name} == {"head"}  # the head is trained and saved too
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_at(20, patch)
         train.main([*arguments, "--out", "cut"])
@@ -784,8 +785,8 @@ def test_a_task_is_learned_told_drawn_resumed_and_not_asked_for_text(home, monke
     train.main(["--resume", "out", "--merge", "classifier.pt"])
     with pytest.raises(InputError, match="--generate: .* classes"):
         train.main(["--resume", "out", "--generate", "rank"])
-    with pytest.raises(InputError, match="--base classifier.pt: must be .* a language model"):
-        train.main([*TINY, "--base", "classifier.pt", "--out", "next"])
+    again = train.main([*TINY, "--base", "classifier.pt", "--steps", "2", "--schedule", "none", "--out", "next"])
+    assert "sample" in again.log[-1] and again.model.head is None  # its weights serve as a language model again
 
 
 def test_accuracy_and_f1_are_the_definitions(home):
@@ -960,20 +961,21 @@ def spoil(path: str, content: bytes) -> str:
     (["--context", "0"], "--context 0"),
     (["--accumulate", "5"], "--batch-size 4: must be from 5"),
     (["--temperature", "0"], "--temperature 0"),
-    (["--task", "missing.tsv"], "--task missing.tsv: not a UTF-8 file"),
-    (["--task", "text.txt"], "--task text.txt: not a table"),
+    (["--task", "missing.tsv"], "--task missing.tsv: not a UTF-8 table"),
+    (["--task", "text.txt"], "--task text.txt: not a UTF-8 table"),
     (["--task", "one.tsv"], "--task one.tsv: .* of 1 classes are too few"),
-    (["--task", "short.tsv"], "--task short.tsv: not a table"),
+    (["--task", "short.tsv"], "--task short.tsv: not a UTF-8 table"),
     (["--base", "."], r"--base \.: not to be had; give a folder"),
-    (["--base", "gpt3"], "gpt3: missing"),
+    (["--base", "gpt3"], "--base gpt3: not to be had; give a folder"),
     (["--data", "missing.txt"], "--data missing.txt: not a UTF-8 file; .*No such file"),
     (["--data", "."], "--data .: not a UTF-8 file; .*Is a directory"),
-    (["--data", "empty.txt"], "--data empty.txt: .* 0 tokens, shorter than one context"),
+    (["--data", "empty.txt"], "--data empty.txt: .* 0 tokens, fewer than one context"),
     (["--data", "latin.txt"], "--data latin.txt: not a UTF-8 file"),
-    (["--data", "short.txt"], "--data short.txt: .* shorter than one context"),
+    (["--data", "short.txt"], "--data short.txt: .* fewer than one context"),
+    (["--resume", "nowhere", "--temperature", "0"], "nowhere/checkpoint.pt: missing"),
     (["--base", "missing.pt"], "missing.pt: missing, damaged"),
     (["--base", "cut.pt"], "cut.pt: missing, damaged"),
-    (["--base", "text.txt"], "text.txt: missing, damaged"),
+    (["--base", "text.txt"], "--base text.txt: not to be had; give a folder"),
     (["--base", "other.pt"], "other.pt: missing, damaged, or not written by train.py"),
     (["--base", "words.pt"], "words.pt: its tokenizer or its sizes are damaged"),
     (["--base", "narrow.pt"], r"wpe.weight: .*\[16, 16\].*\[8, 16\]"),
@@ -1197,4 +1199,4 @@ def test_the_planted_ranks_are_found_by_who_knows_them(home, monkeypatch, capsys
 def test_the_core_stays_small():
     """The goal is 300 a file and 800 together; today it is missed, and must not be missed by more."""
     lines = {name: len((HERE / name).read_text().splitlines()) for name in ("triadapt.py", "model.py", "data.py", "train.py")}
-    assert max(lines.values()) <= 345 and sum(lines.values()) <= 955, lines
+    assert max(lines.values()) <= 307 and sum(lines.values()) <= 863, lines

@@ -247,7 +247,7 @@ class Run:
             self.optimizer.zero_grad()
             inputs, targets = training_batch(self.examples["train"], args.batch_size, args.seed, step)
             count, pieces = (targets != NO_TARGET).sum().item(), args.accumulate * WORLD
-            loss, penalty = torch.zeros((), device=self.device), 0.0
+            loss, penalty = torch.zeros(2, device=self.device).unbind()
             for i in range(PROCESS, pieces, WORLD):
                 part = predict(model, inputs[i::pieces], targets[i::pieces], self.device)[0] / count
                 loss += part.detach()
@@ -271,7 +271,7 @@ class Run:
             if grown:
                 self.note("allocation", grown=grown)
             if step % args.eval_interval == 0 or step == args.steps:
-                self.note("eval", train_loss=sum(self.losses) / len(self.losses), penalty=float(penalty),
+                self.note("eval", train_loss=sum(self.losses) / len(self.losses), penalty=penalty.item(),
                           **self.evaluate("val"), tokens_per_second=inputs.numel() * step / self.seconds)
                 self.losses = []
             if stop or not self.losses:

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 import train  # noqa: E402
-from data import Windows, batches, text_examples  # noqa: E402
+from data import batches, text_examples  # noqa: E402
 from triadapt import SIGNALS, LoRALinear, RankAllocator, TriAdaptLinear  # noqa: E402
 
 
@@ -127,7 +127,7 @@ def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> 
     with contextlib.redirect_stdout(io.StringIO()):
         run = Measured(train.parse_args(given))
         if task == "prose, 20 000 tokens":
-            run.examples["train"] = Windows(run.examples["train"].tokens[:20_000], run.examples["train"].context, 1)
+            run.examples["train"] = run.examples["train"][:20_000 - run.model.config.context]
         before = code_loss(run)
         run.train()
     evals = [entry for entry in run.log if entry["kind"] == "eval"]
