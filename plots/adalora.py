@@ -36,8 +36,8 @@ class AdaLoRA(train.Run):
 
     def __init__(self, args):
         super().__init__(args)
-        # peft divides lora_alpha by the initial rank for good, so this makes the scale alpha / rank, as in all other rows.
-        # Pruning begins after a tenth of the steps, as in AdaLoRA's paper on MNLI, and leaves half of them to the result.
+        # peft divides lora_alpha by the initial rank for good: so the scale is alpha / rank, as in all other rows.
+        # Pruning begins after a tenth of the steps, as in AdaLoRA's paper on MNLI, and ends at half of them.
         init_rank, steps = args.rank * 3 // 2, args.steps
         self.config = peft.AdaLoraConfig(
             init_r=init_rank, target_r=args.rank, lora_alpha=args.alpha / args.rank * init_rank, total_step=steps,

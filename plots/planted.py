@@ -49,6 +49,11 @@ class Gate(Total):
         return products.sum().square()
 
 
+class SensitivityOfAB(Sensitivity):
+    """IncreLoRA has no core, so here it does not count."""
+    LEFT_OUT = ("lora_L", "lora_U")
+
+
 class Gradient(RankAllocator):
     """The norm of B's gradient: where the next step would change most."""
 
@@ -64,8 +69,8 @@ class Oracle(RankAllocator):
         return {name: self.planted[name] - adapter.rank for name, adapter in self.adapters.items()}
 
 
-SIGNALS = {"random": Random, "uniform": Uniform, "paper": RankAllocator, "gradient": Gradient, "increlora": Sensitivity,
-           "gate": Gate, "worth": Total, "worth per rank": Worth, "oracle": Oracle}
+SIGNALS = {"random": Random, "uniform": Uniform, "paper": RankAllocator, "gradient": Gradient,
+           "increlora": SensitivityOfAB, "gate": Gate, "worth": Total, "worth per rank": Worth, "oracle": Oracle}
 
 
 def divergence(model, teacher, ids) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Who grows, other than by the paper's importance: allocators to compare with, and a budget counted in numbers.
 
-Each is a RankAllocator with other scores(). What it has to remember is in self.state, so a checkpoint holds it. Importing
-this file makes them choices of train.py's --signal.
+Each is a RankAllocator with other scores(). What it has to remember is in self.state, so a checkpoint holds it.
+Importing this file makes them choices of train.py's --signal.
 """
 import torch
 import torch.distributed as dist
@@ -27,11 +27,14 @@ class Uniform(RankAllocator):
 
 class Sensitivity(RankAllocator):
     """IncreLoRA's signal (Zhang et al. 2023): |w dL/dw|, smoothed over steps, times its smoothed uncertainty."""
+    LEFT_OUT = ()  # tensors that do not count
 
     def step(self, t: int) -> list[str]:
         moments = self.state.setdefault("moments", {name: {} for name in self.adapters})
         for name, adapter in self.adapters.items():
             for tensor, axis in adapter.GROWS_ALONG.items():
+                if tensor in self.LEFT_OUT:
+                    continue
                 p = getattr(adapter, tensor).detach()
                 mean, spread = moments[name].get(tensor, (torch.zeros_like(p), torch.zeros_like(p)))
                 if mean.shape != p.shape:  # grown since: what is new starts at zero
@@ -50,10 +53,10 @@ class Sensitivity(RankAllocator):
 
 
 class Worth(RankAllocator):
-    """What a matrix's change is worth, per rank: the sum over tokens of (dL/dy . delta_weight x)^2, smoothed over steps.
+    """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_weight x)^2, smoothed over steps.
 
-    dL/dy . delta_weight x is, to first order, how much the loss falls by the change at one token. Squared before the sum,
-    so that gains at some tokens and losses at others do not cancel, as they do on average once training converges.
+    dL/dy . delta_weight x is, to first order, what the change does to the loss at one token. Squared before the sum, so
+    that tokens which gain and tokens which lose do not cancel.
     """
     SMOOTHING = 0.97
 
