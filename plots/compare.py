@@ -5,8 +5,8 @@
     python plots/compare.py --share 0 2                   # every second row, to run two processes side by side
 
 Rules: the same steps and batches for all. The learning rate of each (task, row) is the one of RATES with the best
-validation result of seed 0; then it runs on the other seeds. Test results are of the last step, and of the step that was
-best on validation. A line of plots/compare.jsonl is a finished run with its whole configuration, and is never edited.
+validation result of seed 0; then it runs on the other seeds. Test results are of the last step, and of the step that
+was best on validation. A line of plots/compare.jsonl is a finished run with its whole configuration, never edited.
 `python plots/draw.py` makes README's table and the figures of them.
 """
 import argparse
@@ -25,81 +25,18 @@ sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from data import batches, text_examples  # noqa: E402
-from triadapt import SIGNALS, LoRALinear, RankAllocator, TriAdaptLinear  # noqa: E402
+from plots import adalora, signals  # noqa: E402
 
-
-class Random(RankAllocator):
-    """A control: any matrix may be next."""
-
-    def scores(self):
-        return dict(zip(self.adapters, torch.rand(len(self.adapters)).tolist()))
-
-
-class Uniform(RankAllocator):
-    """A control: the matrix of lowest rank is next, round robin."""
-
-    def scores(self):
-        return {name: -float(adapter.rank) for name, adapter in self.adapters.items()}
-
-
-class Sensitivity(RankAllocator):
-    """IncreLoRA's signal (Zhang et al. 2023): |w dL/dw|, smoothed over steps, times its smoothed uncertainty."""
-
-    def step(self, t: int) -> list[str]:
-        moments = self.state.setdefault("moments", {name: {} for name in self.adapters})
-        for name, adapter in self.adapters.items():
-            for tensor, axis in adapter.GROWS_ALONG.items():
-                p = getattr(adapter, tensor).detach()
-                mean, spread = moments[name].get(tensor, (torch.zeros_like(p), torch.zeros_like(p)))
-                if mean.shape != p.shape:  # grown since: what is new starts at zero
-                    new = torch.zeros_like(p).narrow(axis, 0, p.shape[axis] - mean.shape[axis])
-                    mean, spread = torch.cat((mean, new), axis), torch.cat((spread, new), axis)
-                now = (p * getattr(adapter, tensor).grad).abs()
-                mean = 0.85 * mean + 0.15 * now
-                moments[name][tensor] = (mean, 0.85 * spread + 0.15 * (now - mean).abs())
-        return super().step(t)
-
-    def scores(self):
-        if "moments" not in self.state:  # before the first step
-            return dict.fromkeys(self.adapters, 0.0)
-        return {name: torch.cat([(mean * spread).flatten() for mean, spread in tensors.values()]).mean().item()
-                for name, tensors in self.state["moments"].items()}
-
-
-SIGNALS |= {"random": Random, "uniform": Uniform, "sensitivity": Sensitivity}
-
-
-def size(adapter: LoRALinear, rank: int) -> int:
-    """How many numbers an adapter trains at a rank."""
-    core = rank * (rank + 1) if isinstance(adapter, TriAdaptLinear) else 0
-    return rank * (adapter.base.in_features + adapter.base.out_features) + core
-
-
-def within_parameters(allocator: type[RankAllocator]) -> type[RankAllocator]:
-    """The same signal at equal parameters: only what leaves all adapters within LoRA's number of them may grow."""
-    class Within(allocator):
-        def scores(self):
-            scores, adapters = super().scores(), self.adapters
-            lora = sum(a.base.in_features + a.base.out_features for a in adapters.values()) * self.budget // len(adapters)
-            used, fitting = sum(size(a, a.rank) for a in adapters.values()), {}
-            for name in sorted(scores, key=scores.get, reverse=True):
-                more = size(adapters[name], adapters[name].rank + 1) - size(adapters[name], adapters[name].rank)
-                if used + more <= lora:
-                    used, fitting[name] = used + more, scores[name]
-            return fitting
-
-    return Within
-
-
-SIGNALS |= {f"{name}, equal parameters": within_parameters(allocator) for name, allocator in SIGNALS.items()}
-
-TASKS = {"prose": [], "prose, 20 000 tokens": [], "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"]}
+TASKS = {"prose": [], "prose, 20 000 tokens": [],
+         "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"]}
 COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "60"]
-ROWS = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"], "core, no growth": ["--schedule", "none"],
-        "linear": ["--schedule", "linear"], "exponential": ["--schedule", "exponential"], "fixed": ["--schedule", "fixed"]}
-ROWS |= {f"linear, {signal}": ["--signal", signal] for signal in SIGNALS if signal != "importance"}
+ROWS = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
+        "core, no growth": ["--schedule", "none"], "linear": ["--schedule", "linear"],
+        "exponential": ["--schedule", "exponential"], "fixed": ["--schedule", "fixed"]}
+ROWS |= {f"linear, {signal}": ["--signal", signal] for signal in signals.SIGNALS if signal != "importance"}
+ROWS |= {adalora.ROW: ["--method", "full"]}  # peft puts its own adapters into a model that has none
 RATES = {"prose": (5e-3, 1e-2, 2e-2, 4e-2), "prose, 20 000 tokens": (2.5e-3, 5e-3, 1e-2, 2e-2),
-         "modules": (1e-3, 2.5e-3, 5e-3, 1e-2)}  # of adapters; full fine-tuning tries a fifth of each
+         "modules": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2)}  # of adapters; full fine-tuning tries a fifth of each
 
 
 class Measured(train.Run):
@@ -107,6 +44,15 @@ class Measured(train.Run):
 
     def note(self, kind: str, **values) -> None:
         super().note(kind, **(values | self.evaluate("test") if kind == "eval" else values))
+
+    def sizes(self) -> dict[int, int]:
+        """{step: how many numbers are trained after it}, where that changes."""
+        grown = {entry["step"]: entry["trainable"] for entry in self.log if entry["kind"] == "allocation"}
+        return {0: self.log[0]["trainable"]} | grown
+
+
+class MeasuredAdaLoRA(adalora.AdaLoRA, Measured):
+    """The same, of peft's AdaLoRA."""
 
 
 @torch.no_grad()
@@ -125,7 +71,7 @@ def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> 
     folder = f"runs/compare/{task}-{row}-{rate:g}-{seed}".replace(" ", "_")
     given = [*COMMON, *TASKS[task], *ROWS[row], "--lr", str(rate), "--seed", str(seed), "--out", folder, *options]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = Measured(train.parse_args(given))
+        run = (MeasuredAdaLoRA if row == adalora.ROW else Measured)(train.parse_args(given))
         if task == "prose, 20 000 tokens":
             run.examples["train"] = run.examples["train"][:20_000 - run.model.config.context]
         before = code_loss(run)
@@ -133,18 +79,21 @@ def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> 
     evals = [entry for entry in run.log if entry["kind"] == "eval"]
     best = min(evals, key=lambda entry: entry["val_loss"])
     metrics = [key.removeprefix("val_") for key in evals[-1] if key.startswith("val_")]
-    trainable = {0: run.log[0]["trainable"]} | {e["step"]: e["trainable"] for e in run.log if e["kind"] == "allocation"}
+    trainable = run.sizes()
     steps = [*trainable, run.args.steps]
     mean = sum(n * (end - start) for (start, n), end in zip(trainable.items(), steps[1:])) / run.args.steps
     line = {"task": task, "row": row, "rate": rate, "seed": seed, "settings": vars(run.args),
             "before": {key: run.log[0][f"test_{key}"] for key in metrics},
-            "val": {key: evals[-1][f"val_{key}"] for key in metrics}, "best_val": {key: best[f"val_{key}"] for key in metrics},
-            "test": {key: evals[-1][f"test_{key}"] for key in metrics}, "best_test": {key: best[f"test_{key}"] for key in metrics},
-            "best_step": best["step"], "forgetting": code_loss(run) - before, "ranks": run.log[-1]["ranks"],
+            "val": {key: evals[-1][f"val_{key}"] for key in metrics},
+            "best_val": {key: best[f"val_{key}"] for key in metrics},
+            "test": {key: evals[-1][f"test_{key}"] for key in metrics},
+            "best_test": {key: best[f"test_{key}"] for key in metrics}, "best_step": best["step"],
+            "forgetting": code_loss(run) - before, "ranks": run.log[-1]["ranks"],
             "trainable": {"initial": trainable[0], "peak": max(trainable.values()), "mean": round(mean),
                           "final": run.log[-1]["trainable"]},
-            "seconds": run.seconds, "growth_seconds": run.growth_seconds, "file_bytes": (run.out / "adapter.pt").stat().st_size,
-            "peak_bytes": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None, "torch": torch.__version__}
+            "seconds": run.seconds, "growth_seconds": run.growth_seconds,
+            "file_bytes": (run.out / "adapter.pt").stat().st_size, "torch": torch.__version__,
+            "peak_bytes": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None}
     shutil.rmtree(run.out)
     return line
 
@@ -153,6 +102,12 @@ def best_rate(cells: list[dict], rates: list[float]) -> list[float]:
     """The rate of the lowest validation loss on seed 0; all of them until all have been tried."""
     tried = {cell["rate"]: cell["val"]["loss"] for cell in cells if cell["seed"] == 0}
     return [min(tried, key=tried.get)] if len(tried) == len(rates) else rates
+
+
+def rates_of(task: str, row: str) -> list[float]:
+    """The learning rates to try."""
+    rates = (adalora.RATES if row == adalora.ROW else RATES)[task]
+    return [rate / 5 if row == "full fine-tuning" else rate for rate in rates]
 
 
 def main() -> None:
@@ -164,6 +119,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "compare.jsonl")
     args, options = parser.parse_known_args()
     args.results.touch()
+    if adalora.peft is None and adalora.ROW in args.rows:
+        print(f"{adalora.ROW} is left out: peft is not installed", flush=True)
+        args.rows.remove(adalora.ROW)
     if "modules" in args.tasks:
         rows = [*data.module_rows()]
         data.module_rows = lambda: rows  # parsed once for all runs
@@ -172,14 +130,15 @@ def main() -> None:
         for task, row in pairs:
             cells = [cell for cell in map(json.loads, args.results.read_text().splitlines())
                      if (cell["task"], cell["row"]) == (task, row)]
-            rates = [rate / 5 if row == "full fine-tuning" else rate for rate in RATES[task]]
+            rates = rates_of(task, row)
             done = {(cell["rate"], cell["seed"]) for cell in cells}
             for rate in rates if seed == 0 else best_rate(cells, rates):
                 if (rate, seed) not in done:
                     line = measure(task, row, rate, seed, options)
                     with open(args.results, "a") as file:
                         file.write(json.dumps(line) + "\n")
-                    print(f"{task}; {row}; rate {rate:g}; seed {seed}; test {line['test']}; {line['seconds']:.0f} s", flush=True)
+                    print(f"{task}; {row}; rate {rate:g}; seed {seed}; test {line['test']}; {line['seconds']:.0f} s",
+                          flush=True)
 
 
 if __name__ == "__main__":

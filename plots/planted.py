@@ -28,68 +28,56 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 from data import batches, text_examples, training_batch  # noqa: E402
+from plots.signals import Random, Sensitivity, Uniform, Worth  # noqa: E402
 from triadapt import RankAllocator, add_adapters  # noqa: E402
 
-RANKS, TARGET_RANK, CONTEXT, SMOOTHING = (2, 4, 5, 6, 8, 9, 10, 12), 3, 64, 0.97  # 8 of 24 matrices need 24 x 2 more
+RANKS, TARGET_RANK, CONTEXT = (2, 4, 5, 6, 8, 9, 10, 12), 3, 64  # 8 of 24 matrices need 24 x 2 more
 
-class Signal(RankAllocator):
-    """An allocator whose scores are another signal's. observe() looks at a step, after its backward pass."""
 
-    def __init__(self, signal: str, planted: dict[str, int], seed: int, *args, **more):
-        super().__init__(*args, **more)
-        self.signal, self.planted, self.random = signal, planted, np.random.default_rng(seed)
-        self.seen, self.now, self.parts = dict.fromkeys(self.adapters, 0.0), {}, {}
-        for name, adapter in self.adapters.items() if signal.startswith("worth") else []:
-            self.watch(name, adapter)
-
-    def watch(self, name: str, adapter) -> None:
-        """After each backward pass, now[name] is the sum over tokens of (dL/dy . delta_weight x)^2."""
-        def hook(module, inputs, output):
-            if output.requires_grad:
-                change = F.linear(inputs[0].detach(), module.delta_weight().detach())
-                output.register_hook(lambda grad: self.now.update({name: (grad * change).sum(-1).square().sum()}))
-        adapter.register_forward_hook(hook)
-
-    def observe(self) -> None:
-        for name, adapter in self.adapters.items():
-            if self.signal == "gate":  # the derivative of the loss along the adapter's strength, squared: no hook
-                self.now[name] = (adapter.lora_B * adapter.lora_B.grad).sum().square()
-            if name in self.now:
-                self.seen[name] = SMOOTHING * self.seen[name] + (1 - SMOOTHING) * self.now[name].item()
-            for tensor in ("lora_A", "lora_B") if self.signal == "increlora" else []:
-                w = getattr(adapter, tensor).detach()
-                now = (w * getattr(adapter, tensor).grad).abs()
-                mean, deviation = self.parts.get((name, tensor), (now, torch.zeros_like(now)))
-                grown = (0, now.shape[1] - mean.shape[1], 0, now.shape[0] - mean.shape[0])
-                mean = 0.85 * F.pad(mean, grown) + 0.15 * now
-                self.parts[name, tensor] = mean, 0.85 * F.pad(deviation, grown) + 0.15 * (now - mean).abs()
+class Total(Worth):
+    """The worth of the whole change, not per rank."""
 
     def scores(self) -> dict[str, float]:
-        if self.signal == "paper":
-            return super().scores()
-        return {name: SIGNALS[self.signal](self, name, adapter) for name, adapter in self.adapters.items()}
+        return self.state["worth"]
 
-    def increlora(self, name: str) -> float:
-        """Smoothed sensitivity |w dL/dw| times its smoothed deviation (Zhang et al. 2023), mean over A and B."""
-        parts = [self.parts[name, tensor] for tensor in ("lora_A", "lora_B")]
-        return torch.cat([(mean * deviation).flatten() for mean, deviation in parts]).mean().item()
 
-SIGNALS = {
-    "random": lambda self, name, adapter: self.random.random(),
-    "uniform": lambda self, name, adapter: -adapter.rank,
-    "paper": None,
-    "gradient": lambda self, name, adapter: adapter.lora_B.grad.norm().item(),
-    "increlora": lambda self, name, adapter: self.increlora(name),
-    "gate": lambda self, name, adapter: self.seen[name],
-    "worth": lambda self, name, adapter: self.seen[name],
-    "worth per rank": lambda self, name, adapter: self.seen[name] / adapter.rank,
-    "oracle": lambda self, name, adapter: self.planted[name] - adapter.rank,
-}
+class Gate(Total):
+    """The derivative of the loss along the strength of the whole change, squared: here tokens may cancel."""
+
+    @staticmethod
+    def value(products: torch.Tensor) -> torch.Tensor:
+        return products.sum().square()
+
+
+class SensitivityOfAB(Sensitivity):
+    """IncreLoRA has no core, so here it does not count."""
+    LEFT_OUT = ("lora_L", "lora_U")
+
+
+class Gradient(RankAllocator):
+    """The norm of B's gradient: where the next step would change most."""
+
+    def scores(self) -> dict[str, float]:
+        return {name: adapter.lora_B.grad.norm().item() for name, adapter in self.adapters.items()}
+
+
+class Oracle(RankAllocator):
+    """Knows the planted ranks, which measure() tells it."""
+    planted = {}
+
+    def scores(self) -> dict[str, float]:
+        return {name: self.planted[name] - adapter.rank for name, adapter in self.adapters.items()}
+
+
+SIGNALS = {"random": Random, "uniform": Uniform, "paper": RankAllocator, "gradient": Gradient,
+           "increlora": SensitivityOfAB, "gate": Gate, "worth": Total, "worth per rank": Worth, "oracle": Oracle}
+
 
 def divergence(model, teacher, ids) -> torch.Tensor:
     """Mean KL divergence of the model's distribution from the teacher's, in nats per token."""
     logs = [net(ids).log_softmax(-1).flatten(0, 1) for net in (model, teacher)]
     return F.kl_div(*logs, log_target=True, reduction="batchmean")
+
 
 @torch.no_grad()
 def plant(base, targets: list[str], ids, seed: int, effect: float) -> tuple:
@@ -117,10 +105,12 @@ def plant(base, targets: list[str], ids, seed: int, effect: float) -> tuple:
         planted[name] = rank
     return teacher.requires_grad_(False), planted
 
+
 def ordinal(values) -> np.ndarray:
     """Ranks of values, ties at their middle."""
     values = np.array([*values])
     return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+
 
 def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
     """One student, from its teacher to its measures."""
@@ -132,8 +122,9 @@ def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
     adapters = add_adapters(student, config["targets"], rank=TARGET_RANK, init_rank=1, alpha=2 * TARGET_RANK)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    allocator = Signal(signal, planted, seed, adapters, optimizer, schedule="fixed", top_k=config["top_k"],
-                       target_rank=TARGET_RANK, total_steps=steps, warmup=config["warmup"], interval=config["interval"])
+    allocator = SIGNALS[signal](adapters, optimizer, schedule="fixed", top_k=config["top_k"], target_rank=TARGET_RANK,
+                                total_steps=steps, warmup=config["warmup"], interval=config["interval"])
+    allocator.planted = planted  # for the oracle alone
 
     @torch.no_grad()
     def validate() -> float:
@@ -146,7 +137,6 @@ def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
         loss = divergence(student, teacher, training_batch(examples["train"], size, seed, step)[0])
         optimizer.zero_grad()
         loss.backward()
-        allocator.observe()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         allocator.step(step)
@@ -156,6 +146,7 @@ def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
     correlation = float(np.corrcoef(*both)[0, 1]) if min(x.std() for x in both) else 0.0
     return {"signal": signal, "seed": seed, "share": share, "correlation": correlation, "kl_before": before,
             "kl": validate(), "ranks": ranks, "planted": planted, "seconds": time.process_time() - began}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,8 +164,8 @@ def main() -> None:
     examples, _ = text_examples(settings.data, tokenizer, context)
     config = {"steps": args.steps, "top_k": args.top_k, "effect": args.effect, "lr": settings.lr, "context": context,
               "batch_size": settings.batch_size, "warmup": args.steps * 3 // 10, "interval": max(1, args.steps // 25),
-              "target_rank": TARGET_RANK, "smoothing": SMOOTHING, "targets": settings.targets.split("|"), "data": settings.data,
-              "base": settings.base, "base_steps": settings.base_steps}
+              "target_rank": TARGET_RANK, "smoothing": Worth.SMOOTHING, "targets": settings.targets.split("|"),
+              "data": settings.data, "base": settings.base, "base_steps": settings.base_steps}
     args.results.touch()
     done = [json.loads(line) for line in args.results.read_text().splitlines()]
     for seed in range(args.seeds):
@@ -185,6 +176,7 @@ def main() -> None:
                     file.write(json.dumps(cell) + "\n")
                 print(f"{signal}, seed {seed}: share {cell['share']:.2f}, correlation {cell['correlation']:.2f}, "
                       f"KL {cell['kl_before']:.3f} -> {cell['kl']:.4f}, {cell['seconds']:.0f} s", flush=True)
+
 
 if __name__ == "__main__":
     main()
