@@ -11,7 +11,6 @@ was best on validation. A line of plots/compare.jsonl is a finished run with its
 """
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import shutil
@@ -58,12 +57,13 @@ class MeasuredAdaLoRA(adalora.AdaLoRA, Measured):
 @torch.no_grad()
 def code_loss(run: train.Run) -> float:
     """Loss on held-out code, the text of the base's pretraining, in nats per token: 64 windows."""
-    config, run.model.config = run.model.config, dataclasses.replace(run.model.config, classes=0)
-    examples = text_examples("code", run.tokenizer, config.context)[0]["test"]
+    head, run.model.head = run.model.head, None  # of a classifier
+    context = run.model.config.context
+    examples = text_examples("code", run.tokenizer, context)[0]["test"]
     chosen = [examples[i] for i in range(0, len(examples), len(examples) // 64)][:64]
     total = sum(train.predict(run.model, *batch, run.device)[0].item() for batch in batches(chosen, 8))
-    run.model.config = config
-    return total / (len(chosen) * config.context)
+    run.model.head = head
+    return total / (len(chosen) * context)
 
 
 def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> dict:
