@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,15 +80,17 @@ class GPT(nn.Module):
         return F.linear(self.ln(x), head)  # (batch, time, vocab_size or classes)
 
 @torch.no_grad()
-def generate(model: GPT, ids: Tensor, length: int, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> Tensor:
-    """Continue token numbers ids (batch, time) by `length` sampled tokens: (batch, time + length)."""
+def generate(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float = 0.8, top_k: int = 50, seed: int = 0,
+             length: int = 60) -> str:
+    """The prompt, and how the model goes on from it: `length` tokens, each drawn from the top_k likeliest."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that one seed gives one text on every device
+    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.wte.weight.device)  # (1, time)
     for _ in range(length):
-        logits = model(ids[:, -model.config.context:])[:, -1].float() / temperature  # (batch, vocab_size)
+        logits = model(ids[:, -model.config.context:])[:, -1].float() / temperature     # (1, vocab_size)
         best, tokens = logits.topk(min(top_k, logits.shape[-1]))
         choice = torch.multinomial(best.softmax(-1).cpu(), 1, generator=generator).to(ids.device)
         ids = torch.cat((ids, tokens.gather(-1, choice)), dim=1)
-    return ids
+    return tokenizer.decode(ids[0].tolist())
 
 def load_gpt2(name: str) -> dict:
     """Published GPT-2 weights as the content of a base file: {"config", "tokenizer", "model"}.

@@ -578,15 +578,15 @@ def test_an_adapter_that_does_not_fit_changes_nothing(spoil, said):
 @every_device
 def test_gpt_is_causal_and_generates_from_a_seed(device):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(50, 16, 2, 2, 8)).to(device)
+    words = data.train_tokenizer(["the rank of a matrix grows"], 270)
+    model = GPT(GPTConfig(words.get_vocab_size(), 16, 2, 2, 8)).to(device)
     ids = torch.randint(50, (3, 16), device=device)
     changed = ids.clone()
     changed[:, 9] += 1
-    changed %= 50
     same = (model(ids) - model(changed)).abs().amax((0, 2)) < 1e-6
     assert same[:9].all() and not same[9:].any()
-    texts = [generate(model, ids[:1], 40, seed=s).tolist() for s in (0, 0, 1)]
-    assert texts[0] == texts[1] != texts[2] and len(texts[0][0]) == 56
+    texts = [generate(model, words, "the rank", seed=s, length=40) for s in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2] and all(text.startswith("the rank") and len(text) > 40 for text in texts)
 
 
 def test_the_embedded_corpora_are_there_and_prose_never_repeats():
@@ -1389,4 +1389,4 @@ def test_readme_shows_the_figures_that_are_there():
 def test_the_core_stays_small():
     """The goal is 300 a file and 800 together; today it is missed, and must not be missed by more."""
     lines = {name: len((HERE / name).read_text().splitlines()) for name in ("triadapt.py", "model.py", "data.py", "train.py")}
-    assert max(lines.values()) <= 307 and sum(lines.values()) <= 865, lines
+    assert max(lines.values()) <= 300 and sum(lines.values()) <= 861, lines

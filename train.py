@@ -72,8 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--seed", 0, "seed of adapters, batches and dropout; the base has its own")
     option("--device", None, "torch device, such as cuda:1 [the accelerator if there is one, else the CPU]")
     group.add_argument("--compile", action="store_true", help="torch.compile the model; not with growth")
-    option("--eval-interval", lambda args: max(1, args.steps // 10), "steps between evaluations and checkpoints "
-           "[a tenth of the steps]", type=int)
+    option("--eval-interval", lambda args: max(1, args.steps // 10), "steps between evaluations [a tenth]", type=int)
     group = parser.add_argument_group("output")
     option("--out", lambda args: f"runs/{args.method}-{args.schedule}", "folder of the results [runs/METHOD-SCHEDULE]")
     option("--resume", None, "folder of a run to finish, with its own settings")
@@ -90,6 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         need(not fixed, f"--resume {args.resume}: the run keeps its own settings; leave out {', '.join(sorted(fixed))}")
         settings = load(Path(args.resume, "checkpoint.pt"), "settings")["settings"]
         args = argparse.Namespace(**settings | given | {"out": args.resume})
+    need(not args.task or args.generate is None, "--generate: a model that tells classes apart writes no text; leave it out")
     grows = hasattr(METHODS.get(args.method), "importance")
     args.schedule = args.schedule or ("linear" if grows else "none")
     need(grows or args.schedule == "none", f"--schedule {args.schedule}: --method {args.method} can't grow; leave it out")
@@ -159,9 +159,9 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out, self.device = args, Path(args.out), pick_device(args.device)
         self.model, self.tokenizer = load_base(args, self.device)
-        config = self.model.config
-        context = args.context or config.context
-        need(context <= config.context, f"--context {context}: the base reads at most {config.context} tokens")
+        longest = self.model.config.context
+        context = args.context or longest
+        need(context <= longest, f"--context {context}: the base reads at most {longest} tokens")
         read = task_examples if args.task else text_examples
         self.examples, self.classes = read(args.task or args.data, self.tokenizer, context)
         torch.manual_seed(args.seed)
@@ -209,25 +209,15 @@ class Run:
             loss, count = loss + total, count + known.sum()
             if n:
                 confusion += (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n).view(n, n)
-        self.model.train()
         sum_processes([loss, count, confusion])
         f1 = 2 * confusion.diag() / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
         accuracy = {f"{split}_accuracy": confusion.trace() / count, f"{split}_f1": f1.mean()} if n else {}
         return {name: value.item() for name, value in ({f"{split}_loss": loss / count} | accuracy).items()}
 
-    def sample(self, prompt: str) -> str:
-        """How the model goes on from a text, in 60 tokens, drawn as the options say."""
-        need(not self.classes, "--generate: the run's model tells classes apart, it writes no text; leave --generate out")
-        ids = torch.tensor([self.tokenizer.encode(prompt or END_OF_TEXT).ids], device=self.device)
-        args, model = self.args, self.model.eval()
-        ids = generate(model, ids, 60, args.temperature, args.sample_top_k, args.sample_seed)
-        model.train()
-        return self.tokenizer.decode(ids[0].tolist())
-
     def test(self) -> dict:
         """The results on the test split, and how the model goes on from its first words, with the same draws each time."""
         prompt = self.tokenizer.decode(self.examples["test"][0][0][:16].tolist())
-        return self.evaluate("test") | ({} if self.classes else {"sample": self.sample(prompt)})
+        return self.evaluate("test") | ({} if self.classes else {"sample": generate(self.model, self.tokenizer, prompt)})
 
     def train(self) -> None:
         """The loop. All chance in a step comes from (seed, step), so that a checkpoint needs no generator's state."""
@@ -236,14 +226,14 @@ class Run:
             save(self.out / "config.json", json.dumps(vars(args), indent=1))
             self.note("start", **self.test())
         model = torch.compile(self.model) if args.compile else self.model
-        # The step under way is finished first.
-        handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+        handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the step under way is finished
         for step in tqdm(range(self.step + 1, args.steps + 1), initial=self.step, total=args.steps,
                          disable=True if PROCESS else None):
             began, seed = time.perf_counter(), args.seed * 1_000_003 + step  # torch's CPU generator drops all above 32 bits
             torch.manual_seed(seed * WORLD + PROCESS)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
+            self.model.train()
             self.optimizer.zero_grad()
             inputs, targets = training_batch(self.examples["train"], args.batch_size, args.seed, step)
             count, pieces = (targets != NO_TARGET).sum().item(), args.accumulate * WORLD
@@ -279,6 +269,7 @@ class Run:
             if stop:
                 say(f"stopped after step {step}; to go on: python train.py --resume {self.out}")
                 sys.exit(130)
+        self.model.eval()
         signal.signal(signal.SIGINT, handler)
         if self.log[-1]["kind"] != "end":
             self.note("end", **self.test())
@@ -287,14 +278,16 @@ class Run:
                 say(f"look at {draw_run(self.out)}; beside it: config.json log.jsonl adapter.pt checkpoint.pt")
 
 def main(argv: list[str] | None = None) -> Run:
-    run = Run(parse_args(argv))
+    args = parse_args(argv)
+    run = Run(args)
     run.train()
-    if run.args.generate is not None:
-        say(run.sample(run.args.generate))
-    if run.args.merge:
+    if args.generate is not None:
+        prompt = args.generate or END_OF_TEXT
+        say(generate(run.model, run.tokenizer, prompt, args.temperature, args.sample_top_k, args.sample_seed))
+    if args.merge:
         model = merge_adapters(run.model)
         weights = {"config": vars(model.config), "tokenizer": run.tokenizer.to_str(), "model": model.state_dict()}
-        save(Path(run.args.merge), weights)
+        save(Path(args.merge), weights)
     return run
 
 if __name__ == "__main__":
