@@ -1206,6 +1206,7 @@ def test_readme_tables_are_what_the_results_give():
 
 def test_the_sweep_of_the_defaults_picks_rates_and_goes_on_where_it_was(home, monkeypatch, capsys):
     from plots import defaults
+    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
     monkeypatch.setattr(defaults, "RATES", {"LoRA": (1e-4, 1e-2)})
     monkeypatch.setattr(defaults, "GROWTH", {"growth": ["--interval", "1"]})
     arguments = ["", "--seeds", "2", "--steps", "20", "--results", "cells.jsonl", "--base", "base.pt", "--data", "text.txt"]
@@ -1232,6 +1233,7 @@ def test_the_benchmark_measures_every_variant_and_goes_on_where_it_was(home, mon
 
 def test_the_comparison_runs_every_row_at_its_best_rate_and_counts_what_it_trains(home, monkeypatch, capsys):
     from plots import compare
+    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
     monkeypatch.setattr(compare, "COMMON", TINY[2:4] + ["--steps", "20", "--batch-size", "4", "--eval-interval", "10", "--rank", "2"])
     monkeypatch.setattr(compare, "TASKS", {"prose": []})
     monkeypatch.setattr(compare, "RATES", {"prose": (1e-4, 1e-2)})
@@ -1384,6 +1386,25 @@ def test_readme_shows_the_figures_that_are_there():
     there = {str(path.relative_to(HERE)) for path in HERE.glob("plots/**/*.png")}
     assert {*shown} == there and len(shown) == len(there)
     assert max((HERE / path).stat().st_size for path in there) <= MOST_BYTES
+
+
+def test_the_ablations_change_one_thing_and_two_released_recipes_never_train(home, monkeypatch, capsys):
+    from plots import ablations
+    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
+    rows = ["reference", "released: block-cb0", "released: block-abc0", "released: single", "moments of a grown matrix reset",
+            "new entries at half rate", "new moments not paced"]
+    monkeypatch.setattr(sys, "argv", ["", "--rows", *rows, "--seeds", "1", "--results", "cells.jsonl", *TINY[:-2], "--steps", "30",
+                                      "--rank", "2", "--eval-interval", "30"])
+    ablations.main()
+    cells = {cell["row"]: cell for cell in map(json.loads, Path("cells.jsonl").read_text().splitlines())}
+    assert [*cells] == rows and cells["reference"]["jump"] < 1e-6 and cells["reference"]["test"] < cells["reference"]["base"] - 0.03
+    for row in ("released: block-cb0", "released: block-abc0"):
+        assert cells[row]["test"] == cells[row]["base"] and cells[row]["jump"] == 0
+    assert cells["released: single"]["jump"] > 1e-6
+    assert len({cell["test"] for cell in cells.values()}) == 6, "each change changes the result"
+    capsys.readouterr()
+    ablations.main()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_core_stays_small():

@@ -11,6 +11,7 @@ was best on validation. A line of plots/compare.jsonl is a finished run with its
 """
 import argparse
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -54,13 +56,19 @@ class MeasuredAdaLoRA(adalora.AdaLoRA, Measured):
     """The same, of peft's AdaLoRA."""
 
 
+@functools.cache
+def code_windows(tokenizer: str, context: int) -> list[torch.Tensor]:
+    """64 windows of held-out code, the text of the base's pretraining."""
+    examples = text_examples("code", Tokenizer.from_str(tokenizer), context)[0]["test"]
+    return [examples[i] for i in range(0, len(examples), len(examples) // 64)][:64]
+
+
 @torch.no_grad()
 def code_loss(run: train.Run) -> float:
-    """Loss on held-out code, the text of the base's pretraining, in nats per token: 64 windows."""
+    """Loss on code_windows, in nats per token."""
     head, run.model.head = run.model.head, None  # of a classifier
     context = run.model.config.context
-    examples = text_examples("code", run.tokenizer, context)[0]["test"]
-    chosen = [examples[i] for i in range(0, len(examples), len(examples) // 64)][:64]
+    chosen = code_windows(run.tokenizer.to_str(), context)
     total = sum(train.predict(run.model, *batch, run.device)[0].item() for batch in batches(chosen, 8))
     run.model.head = head
     return total / (len(chosen) * context)

@@ -94,6 +94,26 @@ def planted_table(lines: list[str]) -> str:
     return "\n".join(text)
 
 
+def ablations_table(lines: list[str]) -> str:
+    """plots/ablations.jsonl: the test loss of each row, and its paired difference to the reference."""
+    rows, cells = {}, [json.loads(line) for line in lines]
+    for cell in cells:
+        rows.setdefault(cell["row"], {})[cell["seed"]] = cell
+    text = [f"Test loss on prose in nats per token; the base has {cells[0]['base']:.3f}.", "",
+            "| | seeds | test loss | minus reference, paired, 95 % | budget spent at step | change of the logits at the first growth |",
+            "| --- | --- | --- | --- | --- | --- |"]
+    for row, runs in rows.items():
+        losses = [cell["test"] for cell in runs.values()]
+        gaps = [runs[seed]["test"] - rows["reference"][seed]["test"] for seed in runs if seed in rows["reference"]]
+        low, high = bootstrap(gaps)
+        gap = "" if row == "reference" else f"{statistics.mean(gaps):+.4f} ({low:+.4f} to {high:+.4f})"
+        jump = statistics.mean(cell["jump"] or 0 for cell in runs.values())
+        spent = max(cell["spent_at"] for cell in runs.values()) or "–"
+        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
+        text.append(f"| {row} | {len(runs)} | {statistics.mean(losses):.4f} ± {spread:.4f} | {gap} | {spent} | {jump:.1%} |")
+    return "\n".join(text)
+
+
 def first_run(lines: list[str]) -> str:
     """What to expect of the main command, from the log of the committed run."""
     log = [json.loads(line) for line in lines]
@@ -107,6 +127,7 @@ def render(readme: str) -> str:
     parts = {"first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
              "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines()),
              "planted": planted_table((HERE / "planted.jsonl").read_text().splitlines()),
+             "ablations": ablations_table((HERE / "ablations.jsonl").read_text().splitlines()),
              "comparison": compare_table((HERE / "compare.jsonl").read_text().splitlines())}
     for name, text in parts.items():
         begin, end = f"<!-- {name}: written by plots/readme.py -->", f"<!-- end of {name} -->"
