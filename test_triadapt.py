@@ -957,7 +957,7 @@ def test_the_signals_of_the_comparison_resume_to_the_same_bits(home, monkeypatch
     from plots import signals
     monkeypatch.setattr(train, "draw_run", str, raising=False)  # to save time
     for signal in ("sensitivity", "worth, equal numbers"):
-        arguments = [*TINY, "--steps", "12", "--eval-interval", "12", "--rank", "4", "--signal", signal, "--dropout", "0.1"]
+        arguments = [*TINY, "--steps", "12", "--eval-interval", "12", "--rank", "4", "--score", signal, "--dropout", "0.1"]
         assert type(train.main(arguments).allocator) is signals.SIGNALS[signal]
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             interrupt_at(5, patch)

@@ -26,7 +26,8 @@ from data import (CACHE, END_OF_TEXT, NO_TARGET, PROCESS, WORLD, batches, docume
                   text_examples, text_hash, train_tokenizer, training_batch)
 from model import GPT, GPTConfig, generate, load_gpt2
 from plots.run import draw_run, log_entry, tell
-from triadapt import (METHODS, SCHEDULES, SIGNALS, InputError, adapter_state_dict, add_adapters, find_adapters,
+from plots.signals import SIGNALS
+from triadapt import (METHODS, SCHEDULES, InputError, adapter_state_dict, add_adapters, find_adapters,
                       load_adapter_state_dict, merge_adapters, need, needing)
 
 LEARNING_RATE = {"triadapt": 1e-2, "lora": 1e-2, "full": 2e-3}  # peaks, chosen on prose's val split: plots/defaults.py
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Growth begins early, at half the rank, and is soon over: what comes late has little time (README.md's table).
     group = parser.add_argument_group("growth")
     option("--schedule", None, "how many matrices grow [linear if they can, else none]", choices=[*SCHEDULES, "none"])
-    option("--signal", "importance", "what tells which matrices grow", choices=SIGNALS)
+    option("--score", "importance", "what tells which matrices grow: the paper's importance, or a rival", choices=SIGNALS)
     option("--rank-step", 1, "ranks that a matrix grows by at once")
     option("--interval", lambda args: max(1, args.steps // 300), "steps between allocations [1 per 300 steps]", type=int)
     option("--warmup", lambda args: args.steps // 50, "steps before growth begins [2 %% of the steps]", type=int)
@@ -174,7 +175,7 @@ class Run:
             load_adapter_state_dict(self.model, saved["trained"])  # grows it, so before the optimiser
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.allocator = None if args.schedule == "none" else SIGNALS[args.signal](
+        self.allocator = None if args.schedule == "none" else SIGNALS[args.score](
             self.adapters, self.optimizer, schedule=args.schedule, target_rank=args.rank, total_steps=args.steps,
             warmup=args.warmup, interval=args.interval, rank_step=args.rank_step, top_k=args.top_k)
         self.step, self.log, self.losses, self.seconds, self.growth_seconds = 0, [], [], 0.0, 0.0
@@ -240,11 +241,9 @@ class Run:
             loss, penalty = torch.zeros(2, device=self.device).unbind()
             for i in range(PROCESS, pieces, WORLD):
                 part = predict(model, inputs[i::pieces], targets[i::pieces], self.device)[0] / count
+                penalty = orthogonality(self.adapters) if args.orth else penalty
+                (part + args.orth / pieces * penalty).backward()
                 loss += part.detach()
-                if args.orth:
-                    penalty = orthogonality(self.adapters)
-                    part = part + args.orth / pieces * penalty
-                part.backward()
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             stop = torch.tensor(float(len(interrupts)), device=self.device)
             sum_processes([p.grad for p in trained] + [loss, stop])

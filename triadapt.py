@@ -240,7 +240,7 @@ class RankAllocator:
             self.state["baseline"] = self.importances()
         return grown
 
-# Who grows. A class with other scores() is an entry here, and train.py's --signal.
+# Who grows. A class with other scores() is an entry here, and train.py's --score.
 SIGNALS = {"importance": RankAllocator}
 
 def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int) -> None:

@@ -167,10 +167,10 @@ ROWS |= {f"rank step {step}": ["--rank-step", str(step)] for step in (2, 4)}
 ROWS |= {f"interval {interval}": ["--interval", str(interval)] for interval in (3, 10)}
 ROWS |= {f"warm-up {share} %": ["--warmup", str(3 * share)] for share in (10, 30)}  # of 300 steps
 ROWS |= {"scale alpha / current rank": ["--method", "current-scale"], "random core": ["--method", "random-core"],
-         "baseline before growth": ["--signal", "baseline-before"], "new moments not paced": ["--signal", "unpaced"],
-         "moments of a grown matrix reset": ["--signal", "forgetful"], "new entries at half rate": ["--signal", "half-rate"],
-         "new entries at double rate": ["--signal", "double-rate"]}
-ROWS |= {f"released: {recipe}": ["--method", recipe, "--signal", "baseline-before"]
+         "baseline before growth": ["--score", "baseline-before"], "new moments not paced": ["--score", "unpaced"],
+         "moments of a grown matrix reset": ["--score", "forgetful"], "new entries at half rate": ["--score", "half-rate"],
+         "new entries at double rate": ["--score", "double-rate"]}
+ROWS |= {f"released: {recipe}": ["--method", recipe, "--score", "baseline-before"]
          for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero")}
 
 

@@ -34,7 +34,7 @@ COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "60"]
 ROWS = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
         "core, no growth": ["--schedule", "none"], "linear": ["--schedule", "linear"],
         "exponential": ["--schedule", "exponential"], "fixed": ["--schedule", "fixed"]}
-ROWS |= {f"linear, {signal}": ["--signal", signal] for signal in signals.SIGNALS if signal != "importance"}
+ROWS |= {f"linear, {signal}": ["--score", signal] for signal in signals.SIGNALS if signal != "importance"}
 ROWS |= {adalora.ROW: ["--method", "full"]}  # peft puts its own adapters into a model that has none
 RATES = {"prose": (5e-3, 1e-2, 2e-2, 4e-2), "prose, 20 000 tokens": (2.5e-3, 5e-3, 1e-2, 2e-2),
          "modules": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2)}  # of adapters; full fine-tuning tries a fifth of each

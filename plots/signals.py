@@ -1,7 +1,7 @@
 """Who grows, other than by the paper's importance: allocators to compare with, and a budget counted in numbers.
 
 Each is a RankAllocator with other scores(). What it has to remember is in self.state, so a checkpoint holds it.
-Importing this file makes them choices of train.py's --signal.
+Importing this file makes them choices of train.py's --score.
 """
 import torch
 import torch.distributed as dist
