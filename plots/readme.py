@@ -4,6 +4,7 @@
 """
 import json
 import random
+import re
 import statistics
 from pathlib import Path
 
@@ -114,6 +115,35 @@ def ablations_table(lines: list[str]) -> str:
     return "\n".join(text)
 
 
+PAPER = {  # what the paper says: where it is, as file and class, method, function or table
+    "y = W x + b + s B (L + U) A x": ["triadapt.py LoRALinear.forward", "triadapt.py TriAdaptLinear.down"],
+    "L + U, the triangular split": ["triadapt.py TriAdaptLinear.core"],
+    "growth: a row of L, a column of U, a row of A, a column of B": ["triadapt.py TriAdaptLinear.new_entries", "triadapt.py LoRALinear.grow"],
+    "initialisation": ["triadapt.py LoRALinear.new_entries", "triadapt.py TriAdaptLinear.new_entries"],
+    "r (d_in + d_out) + r (r + 1) trained numbers": [
+        "test_triadapt.py test_trainable_parameters_are_the_closed_form_before_and_after_any_growth"],
+    "importance F = ‖L + U‖_F / r": ["triadapt.py TriAdaptLinear.importance"],
+    "score: the change of F": ["triadapt.py RankAllocator.scores"],
+    "k = ⌊Q m⌋, ⌊exp(m ln Q)⌋ or a constant": ["triadapt.py SCHEDULES", "triadapt.py RankAllocator.count"],
+    "threshold: the k-th largest score; who is at or above it grows": ["triadapt.py RankAllocator.step"],
+    "orthogonality of A and B (released code)": ["train.py orthogonality"],
+}
+
+
+def paper_table() -> str:
+    """The paper's equations, each with links to the lines that compute it."""
+    text = ["| paper | code |", "| --- | --- |"]
+    for what, places in PAPER.items():
+        links = []
+        for file, name in map(str.split, places):
+            lines, number = (HERE.parent / file).read_text().splitlines(), 0
+            for part in name.split("."):  # a method stands below its class
+                number = next(i for i in range(number, len(lines)) if re.match(rf" *((def|class) {part}\b|{part} =)", lines[i]))
+            links.append(f"[`{name}`]({file}#L{number + 1})")
+        text.append(f"| {what} | {', '.join(links)} |")
+    return "\n".join(text)
+
+
 def first_run(lines: list[str]) -> str:
     """What to expect of the main command, from the log of the committed run."""
     log = [json.loads(line) for line in lines]
@@ -124,7 +154,7 @@ def first_run(lines: list[str]) -> str:
 
 def render(readme: str) -> str:
     """README's text with every generated part made anew."""
-    parts = {"first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
+    parts = {"paper": paper_table(), "first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
              "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines()),
              "planted": planted_table((HERE / "planted.jsonl").read_text().splitlines()),
              "ablations": ablations_table((HERE / "ablations.jsonl").read_text().splitlines()),
