@@ -1388,6 +1388,25 @@ def test_readme_shows_the_figures_that_are_there():
     assert max((HERE / path).stat().st_size for path in there) <= MOST_BYTES
 
 
+def test_the_low_data_runs_use_so_many_tokens_and_take_what_the_comparison_knows(home, monkeypatch, capsys):
+    from plots import compare, low_data
+    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
+    monkeypatch.setattr(compare, "code_loss", lambda run: 0.0)
+    monkeypatch.setattr(low_data, "RATES", (1e-2,))
+    monkeypatch.setattr(low_data, "ROWS", ("LoRA",))
+    known = {"task": "prose", "row": "LoRA", "rate": 5e-3, "seed": 0, "val": {"loss": 3.0}, "test": {"loss": 3.5}}
+    known = [known | {"rate": rate} for rate in compare.RATES["prose"]]
+    Path("known.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in known))
+    sizes, batch = [], train.training_batch
+    monkeypatch.setattr(train, "training_batch", lambda windows, *more: (sizes.append(len(windows)), batch(windows, *more))[1])
+    monkeypatch.setattr(sys, "argv", ["", "--sizes", "5000", "99062", "--seeds", "1", "--known", "known.jsonl", "--results", "cells.jsonl",
+                                      *TINY[:-4], "--steps", "6", "--rank", "1", "--eval-interval", "6"])
+    low_data.main()
+    cells = [json.loads(line) for line in Path("cells.jsonl").read_text().splitlines()]
+    assert [cell["tokens"] for cell in cells] == [5000] + [99062] * 4 and cells[1]["test"] == {"loss": 3.5}
+    assert len(sizes) == 6 and max(sizes) <= 5000 - 16
+
+
 def test_the_ablations_change_one_thing_and_two_released_recipes_never_train(home, monkeypatch, capsys):
     from plots import ablations
     monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere

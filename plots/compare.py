@@ -30,6 +30,7 @@ from plots import adalora, signals  # noqa: E402
 
 TASKS = {"prose": [], "prose, 20 000 tokens": [],
          "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"]}
+TOKENS = {"prose, 20 000 tokens": 20_000}  # of the training text; of the others all
 COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "60"]
 ROWS = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
         "core, no growth": ["--schedule", "none"], "linear": ["--schedule", "linear"],
@@ -80,8 +81,8 @@ def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> 
     given = [*COMMON, *TASKS[task], *ROWS[row], "--lr", str(rate), "--seed", str(seed), "--out", folder, *options]
     with contextlib.redirect_stdout(io.StringIO()):
         run = (MeasuredAdaLoRA if row == adalora.ROW else Measured)(train.parse_args(given))
-        if task == "prose, 20 000 tokens":
-            run.examples["train"] = run.examples["train"][:20_000 - run.model.config.context]
+        if task in TOKENS:
+            run.examples["train"] = run.examples["train"][:TOKENS[task] - run.model.config.context]
         before = code_loss(run)
         run.train()
     evals = [entry for entry in run.log if entry["kind"] == "eval"]
