@@ -41,7 +41,7 @@ def needing(message: str):
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), in float32 whatever the precision of the weight.
-    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and uses them in down."""
+    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and uses them in up."""
     GROWS_ALONG = {"lora_A": 0, "lora_B": 1}  # tensor: the axis that a new rank is appended to
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
@@ -67,22 +67,22 @@ class LoRALinear(nn.Module):
                 carry_state(optimizer, old, new, axis)
         self.rank += n
 
-    def down(self) -> Tensor:
-        """s A, the map from the input to the rank: (r, d_in)."""
-        return self.scale * self.lora_A
+    def up(self) -> Tensor:
+        """B^T, the map from the rank to the output: (r, d_out), laid out row by row, as products with it are faster so."""
+        return self.lora_B.t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         x, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # (n, d_in)
         y = self.base(x)                                     # (n, d_out)
         x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.down().to(x.dtype))             # (n, r)
+        h = F.linear(x, self.lora_A.to(x.dtype))             # (n, r)
         # In place, as y is ours alone: one more (n, d_out) tensor would cost more than the low-rank product.
-        y.addmm_(h.to(y.dtype), self.lora_B.t().to(y.dtype))
+        y.addmm_(h.to(y.dtype), self.up().to(y.dtype), alpha=self.scale)
         return y.view(*shape, y.shape[-1])
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to W, in float32: (d_out, d_in)."""
-        return self.lora_B @ self.down()
+        return self.scale * self.up().t() @ self.lora_A
 
     @property
     def weight(self) -> Tensor:
@@ -112,9 +112,9 @@ class TriAdaptLinear(LoRALinear):
         zero = self.lora_L.new_zeros(self.rank, self.rank)
         return zero.index_put((row, column), self.lora_L) + zero.index_put((column, row), self.lora_U)
 
-    def down(self) -> Tensor:
-        """s (L + U) A: (r, d_in). The core meets A once a step instead of every token: r r d_in products, not n r r."""
-        return (self.scale * self.core()) @ self.lora_A
+    def up(self) -> Tensor:
+        """(B (L + U))^T: (r, d_out). The core meets B once a step, not every token: r r d_out products, not n r r."""
+        return self.core().t() @ self.lora_B.t()
 
     @torch.no_grad()
     def importance(self) -> Tensor:
@@ -269,8 +269,14 @@ def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:
         return (((1 - b1 ** k) / (1 - b1 ** t)) ** 2 * (1 - b2 ** t) / (1 - b2 ** k)).clamp(min=1)
 
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            if "born" in (state := optimizer.state.get(p, {})) and p.grad is not None:
-                t, born, b2 = state["step"], state["born"], group["betas"][1]
-                c, before = pace(t + 1, born, *group["betas"]), pace(t, born, *group["betas"])
-                state["exp_avg_sq"].mul_(c / before).addcmul_(p.grad, p.grad * (c - 1) * (1 - b2) / b2)
+        states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
+        states = {p: state for p, state in states.items() if "born" in state}
+        if states:  # all in one vector: a hundred short ones would cost more than the adapters do
+            b2, sizes = group["betas"][1], [state["born"].numel() for state in states.values()]
+            born = torch.cat([state["born"].flatten() for state in states.values()])
+            t = torch.cat([state["step"].to(born).expand(state["born"].numel()) for state in states.values()])
+            c, before = pace(t + 1, born, *group["betas"]), pace(t, born, *group["betas"])
+            parts = (c / before).split(sizes), ((c - 1) * (1 - b2) / b2).split(sizes)
+            for p, change, new in zip(states, *parts):
+                second, shape = states[p]["exp_avg_sq"], states[p]["born"].shape
+                second.mul_(change.view(shape)).addcmul_(p.grad, p.grad * new.view(shape))

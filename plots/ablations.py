@@ -32,8 +32,9 @@ ALPHA = 16.0  # train.py's default, which an adapter does not know: it is given 
 class CurrentScale(TriAdaptLinear):
     """Scale alpha / current rank: growth scales down what is trained."""
 
-    def down(self):
-        return ALPHA / self.rank * self.core() @ self.lora_A
+    def grow(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().grow(n, optimizer)
+        self.scale = ALPHA / self.rank
 
 
 class RandomCore(TriAdaptLinear):

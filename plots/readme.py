@@ -116,7 +116,7 @@ def ablations_table(lines: list[str]) -> str:
 
 
 PAPER = {  # what the paper says: where it is, as file and class, method, function or table
-    "y = W x + b + s B (L + U) A x": ["triadapt.py LoRALinear.forward", "triadapt.py TriAdaptLinear.down"],
+    "y = W x + b + s B (L + U) A x": ["triadapt.py LoRALinear.forward", "triadapt.py TriAdaptLinear.up"],
     "L + U, the triangular split": ["triadapt.py TriAdaptLinear.core"],
     "growth: a row of L, a column of U, a row of A, a column of B": ["triadapt.py TriAdaptLinear.new_entries", "triadapt.py LoRALinear.grow"],
     "initialisation": ["triadapt.py LoRALinear.new_entries", "triadapt.py TriAdaptLinear.new_entries"],

@@ -80,8 +80,8 @@ class Worth(RankAllocator):
 
         @torch.no_grad()
         def backward(module: LoRALinear, x: Tensor, grad: Tensor) -> None:
-            # (dL/dy B) . (s A x) is the product without the (tokens, d_out) change itself.
-            products = ((grad.float() @ module.lora_B) * F.linear(x.float(), module.down())).sum(-1)
+            # s (dL/dy B (L + U)) . (A x) is the product without the (tokens, d_out) change itself.
+            products = module.scale * ((grad.float() @ module.up().t()) * F.linear(x.float(), module.lora_A)).sum(-1)
             self.now[name] = self.now.get(name, 0.0) + self.value(products)
 
         if hasattr(adapter, "watched"):  # by an earlier allocator: the newest one takes over
