@@ -115,6 +115,21 @@ def ablations_table(lines: list[str]) -> str:
     return "\n".join(text)
 
 
+def bench_table(lines: list[str]) -> str:
+    """plots/bench.jsonl: the centre of its axes, the first line."""
+    line = json.loads(lines[0])
+    settings = line["settings"]
+    text = [f"Width {settings['width']}, rank {settings['rank']}, {settings['batch'] * settings['context']} tokens a batch, "
+            f"{settings['device']} with {settings['threads']} threads: median of {settings['rounds']} rounds. Scores and growth "
+            f"of all matrices at once take {line['allocation']:.2f} of a step.", "",
+            "| | step, in steps of the limit (least to greatest) | tokens per second | memory, MB |", "| --- | --- | --- | --- |"]
+    for name, ratio in line["ratio"].items():
+        low, high = line["range"][name]
+        text.append(f"| {name} | {ratio:.3f} ({low:.2f} to {high:.2f}) | {line['tokens_per_second'][name]:,.0f} | "
+                    f"{line['held_bytes'][name] / 1e6:.0f} |")
+    return "\n".join(text)
+
+
 PAPER = {  # what the paper says: where it is, as file and class, method, function or table
     "y = W x + b + s B (L + U) A x": ["triadapt.py LoRALinear.forward", "triadapt.py TriAdaptLinear.up"],
     "L + U, the triangular split": ["triadapt.py TriAdaptLinear.core"],
@@ -158,6 +173,7 @@ def render(readme: str) -> str:
              "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines()),
              "planted": planted_table((HERE / "planted.jsonl").read_text().splitlines()),
              "ablations": ablations_table((HERE / "ablations.jsonl").read_text().splitlines()),
+             "bench": bench_table((HERE / "bench.jsonl").read_text().splitlines()),
              "comparison": compare_table((HERE / "compare.jsonl").read_text().splitlines())}
     for name, text in parts.items():
         begin, end = f"<!-- {name}: written by plots/readme.py -->", f"<!-- end of {name} -->"
