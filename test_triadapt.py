@@ -1319,7 +1319,7 @@ def drawable_results(folder: Path) -> None:
             "score": dict.fromkeys(names, -0.1), "grown": names[:1], "threshold": -0.1}
            for step, kind in enumerate(("start", "allocation", "allocation", "end"))]
     bench = [{"settings": CENTRE | change | {"device": "abacus", "threads": 1}, "ratio": dict.fromkeys(ratios, 1.5),
-              "range": dict.fromkeys(ratios, (1.4, 1.6))} for change in ({}, {"rank": 2})
+              "quartiles": dict.fromkeys(ratios, (1.4, 1.6))} for change in ({}, {"rank": 2})
              for ratios in [("limit", "LoRA", "TriAdaptLoRA", "full")]]
     contents = {"compare": compare, "planted": shares, "first_run/log": log, "bench": bench,
                 "low_data": cells("tokens", 9, 1) + cells("tokens", 99, -1)}

@@ -8,7 +8,7 @@ base alone, frozen, with the gradients that every such adapter needs flowing thr
 less. `grown` came from half its rank in up to four growths. peft's AdaLoRA has its orthogonality penalty, but does not
 allocate. All variants take turns, a step each. A finished configuration is a line of plots/bench.jsonl:
 
-    ratio, range         to the limit's step of the same round: median, and least and greatest
+    ratio, quartiles     to the limit's step of the same round: median, first and third quartile
     tokens_per_second    by the median step; that of `full` in the axis `task` is the speed of train.py's pretraining
     allocation           scores of all matrices and growth of all, in steps of the variant that grows
     held_bytes           parameters, gradients, optimiser state and all that autograd saves for backward
@@ -120,7 +120,7 @@ def measure(settings: dict, device: torch.device) -> dict:
             times[name].append(seconds(variant.step))
     ratios = {name: [own / limit for own, limit in zip(times[name], times["limit"])] for name in variants}
     return {"settings": settings, "ratio": {name: round(statistics.median(r), 3) for name, r in ratios.items()},
-            "range": {name: [round(min(r), 3), round(max(r), 3)] for name, r in ratios.items()},
+            "quartiles": {name: [round(q, 3) for q in statistics.quantiles(r)[::2]] for name, r in ratios.items()},
             "tokens_per_second": {name: batch[0].numel() / statistics.median(own) for name, own in times.items()},
             "allocation": variants["TriAdaptLoRA, grown"].allocation, "held_bytes": held, "peak_bytes": peak}
 

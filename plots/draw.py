@@ -339,19 +339,19 @@ def draw_bench(cells: list[dict]) -> plt.Figure:
     figure, panels = plt.subplots(max(1, len(devices)), 3, figsize=(10, 3.4 * len(devices) + 1.4), sharey="row",
                                   layout="constrained", squeeze=False)
     for (row, (device, here)), (j, label) in itertools.product(zip(panels, devices.items()), enumerate(free)):
-        axes, found = row[j], {}  # {variant: {x: (ratio, least, greatest)}}
+        axes, found = row[j], {}  # {variant: {x: (ratio, quartiles)}}
         for cell in here:
             off = {name for name, value in CENTRE.items() if cell["settings"][name] != value}
             x = cell["settings"].get(label, cell["settings"]["batch"] * cell["settings"]["context"])
             for variant, ratio in cell["ratio"].items() if off <= {*free[label]} else []:
-                found.setdefault(variant, {})[x] = ratio, *cell["range"][variant]
+                found.setdefault(variant, {})[x] = ratio, *cell["quartiles"][variant]
             if not off and j == 0:
                 said.append(f"{device}: a step takes {cell['ratio']['TriAdaptLoRA']:.2f} times the limit with "
                             f"TriAdaptLoRA, {cell['ratio']['LoRA']:.2f} with LoRA, {cell['ratio']['full']:.2f} in full")
         found.pop("limit", None)  # it is 1
         for k, (variant, points) in enumerate(found.items()):
             middle, low, high = np.array([points[x] for x in sorted(points)]).T
-            beside = [x * 1.03 ** (k - len(found) / 2) for x in sorted(points)]  # so that ranges stand side by side
+            beside = [x * 1.03 ** (k - len(found) / 2) for x in sorted(points)]  # so that the bars stand side by side
             axes.vlines(beside, low, high, color=style(variant)["color"], linewidth=0.6)
             handles[variant], = axes.plot(beside, middle, **style(variant), linewidth=1.2)
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")

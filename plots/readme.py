@@ -122,9 +122,9 @@ def bench_table(lines: list[str]) -> str:
     text = [f"Width {settings['width']}, rank {settings['rank']}, {settings['batch'] * settings['context']} tokens a batch, "
             f"{settings['device']} with {settings['threads']} threads: median of {settings['rounds']} rounds. Scores and growth "
             f"of all matrices at once take {line['allocation']:.2f} of a step.", "",
-            "| | step, in steps of the limit (least to greatest) | tokens per second | memory, MB |", "| --- | --- | --- | --- |"]
+            "| | step, in steps of the limit (quartiles) | tokens per second | memory, MB |", "| --- | --- | --- | --- |"]
     for name, ratio in line["ratio"].items():
-        low, high = line["range"][name]
+        low, high = line["quartiles"][name]
         text.append(f"| {name} | {ratio:.3f} ({low:.2f} to {high:.2f}) | {line['tokens_per_second'][name]:,.0f} | "
                     f"{line['held_bytes'][name] / 1e6:.0f} |")
     return "\n".join(text)
