@@ -1229,6 +1229,10 @@ def test_the_benchmark_measures_every_variant_and_goes_on_where_it_was(home, mon
     capsys.readouterr()
     bench.main()
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "argv", ["", "--rounds", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "--rounds 1" in capsys.readouterr().err
 
 
 def test_the_comparison_runs_every_row_at_its_best_rate_and_counts_what_it_trains(home, monkeypatch, capsys):

@@ -269,12 +269,12 @@ def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:
         return (((1 - b1 ** k) / (1 - b1 ** t)) ** 2 * (1 - b2 ** t) / (1 - b2 ** k)).clamp(min=1)
 
     for group in optimizer.param_groups:
-        states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
+        states = {p: optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None}
         states = {p: state for p, state in states.items() if "born" in state}
         if states:  # all in one vector: a hundred short ones would cost more than the adapters do
             b2, sizes = group["betas"][1], [state["born"].numel() for state in states.values()]
             born = torch.cat([state["born"].flatten() for state in states.values()])
-            t = torch.cat([state["step"].to(born).expand(state["born"].numel()) for state in states.values()])
+            t = torch.cat([state["step"].to(born).expand(n) for state, n in zip(states.values(), sizes)])
             c, before = pace(t + 1, born, *group["betas"]), pace(t, born, *group["betas"])
             parts = (c / before).split(sizes), ((c - 1) * (1 - b2) / b2).split(sizes)
             for p, change, new in zip(states, *parts):

@@ -128,11 +128,13 @@ def measure(settings: dict, device: torch.device) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="*", choices=AXES, default=[*AXES], help="what varies around the centre")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("bench.jsonl"))
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles need 2 or more")
     device = pick_device(None)
     torch.set_num_threads(args.threads)
     common = {"variants": VARIANTS, "rounds": args.rounds, "threads": args.threads, "torch": torch.__version__,
