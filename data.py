@@ -5,7 +5,6 @@ which the base model is pretrained; `prose`, the language reference behind help(
 `modules`, docstrings to be told apart by the package they come from. A UTF-8 text or a .tsv in GLUE's layout serves too.
 """
 import ast
-import contextlib
 import csv
 import hashlib
 import itertools
@@ -20,7 +19,6 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -37,21 +35,20 @@ NO_TARGET = -100  # what cross_entropy leaves out
 # Not source that a person wrote to be read: tests, generated tables, installed packages.
 NOT_CODE = re.compile(r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*")
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` when the block ends: the file is there whole, or not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    yield temporary
-    os.replace(temporary, path)
-
-def save(path: Path, content: str | dict) -> None:
-    """Write a text, or what torch.save takes, in the first process; the others wait for it."""
-    if PROCESS == 0:
-        with whole(path) as temporary:
-            temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
+def save(path: Path, content: str | dict | Iterable[bytes], anew: bool = True) -> None:
+    """Write a text, what torch.save takes, or pieces of bytes, in the first process; the others wait for it.
+    It gets a temporary name first: the file is there whole, or not. anew: also where there is one already."""
+    if PROCESS == 0 and (anew or not path.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        if isinstance(content, dict):
+            torch.save(content, temporary)
+        else:
+            with open(temporary, "wb") as file:
+                file.writelines([content.encode()] if isinstance(content, str) else content)
+        os.replace(temporary, path)
     if WORLD > 1:
-        dist.barrier()
+        torch.distributed.barrier()
 
 def load(path: Path, *keys: str) -> dict:
     """A .pt file with these keys: tensors and plain values only, so that nothing in it can run."""
@@ -76,10 +73,10 @@ def documents(name: str) -> Iterator[str]:
         paragraphs = [*dict.fromkeys(p.strip("\n") for topic in sorted(topics) for p in topics[topic].split("\n\n"))]
         yield from ("\n\n".join(paragraphs[i:i + 20]) for i in range(0, len(paragraphs), 20))
     else:
-        with needing(f"--data {name}: not a UTF-8 file; convert it with iconv, or see --help for what else to give"):
-            with open(name, encoding="utf-8") as file:
-                size = min(1 << 16, os.path.getsize(name) // 60 + 1)
-                yield from iter(lambda: file.read(size) + file.readline(size), "")
+        wrong = f"--data {name}: not a UTF-8 file; convert it with iconv, or see --help for what else to give"
+        with needing(wrong), open(name, encoding="utf-8") as file:
+            size = min(1 << 16, os.path.getsize(name) // 60 + 1)
+            yield from iter(lambda: file.read(size) + file.readline(size), "")
 
 def text_hash(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
@@ -102,16 +99,14 @@ def text_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[s
     key = text_hash(itertools.chain([tokenizer.to_str()], documents(name)))
     for split in dict.fromkeys(SPLITS):
         path = CACHE / f"tokens-{key}-{split}.bin"
-        if not path.exists():
-            with whole(path) as temporary, open(temporary, "wb") as file:
-                for document in (text for i, text in enumerate(documents(name)) if SPLITS[i % 10] == split):
-                    ids = tokenizer.encode(document, add_special_tokens=False).ids + [end]
-                    file.write(np.array(ids, dtype).tobytes())
+        texts = (text for i, text in enumerate(documents(name)) if SPLITS[i % 10] == split)
+        encoded = (tokenizer.encode(text, add_special_tokens=False).ids + [end] for text in texts)
+        save(path, (np.array(ids, dtype).tobytes() for ids in encoded), anew=False)
         size, stride = path.stat().st_size // dtype().itemsize, 1 if split == "train" else context
         need(size > context, f"--data {name}: its {split} split has {size} tokens, fewer than one context of {context} + 1")
         tokens = torch.from_numpy(np.memmap(path, dtype, "c"))
-        # A view that reads nothing yet: inputs begin at every stride-th token, targets one further.
-        examples[split] = tokens.as_strided((len(range(0, size - context, stride)), 2, context), (stride, 1, 1))
+        # A view that reads nothing yet: of each window of context + 1 tokens the first and the last `context`.
+        examples[split] = tokens.unfold(0, context + 1, stride).unfold(1, context, 1)
     return examples, []
 
 def task_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[str, list[Tensor]], list[str]]:
@@ -136,13 +131,13 @@ def task_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[s
 
 def table_rows(name: str) -> Iterator[tuple[str, str, str]]:
     """(text, label, text) of a .tsv file with a header as GLUE's: label, sentence or text, and perhaps sentence2."""
-    with needing(f"--task {name}: not a UTF-8 table with columns named label and sentence, and a tab between"):
-        with open(name, encoding="utf-8") as file:
-            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            columns = sorted({"sentence", "sentence1", "text", "sentence2"} & {*reader.fieldnames})
-            for row in reader:
-                text = END_OF_TEXT.join(row[column] for column in columns)
-                yield text, row["label"].strip(), text
+    wrong = f"--task {name}: not a UTF-8 table with columns named label and sentence, and a tab between"
+    with needing(wrong), open(name, encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        columns = sorted({"sentence", "sentence1", "text", "sentence2"} & {*reader.fieldnames})
+        for row in reader:
+            text = END_OF_TEXT.join(row[column] for column in columns)
+            yield text, row["label"].strip(), text
 
 def module_rows() -> Iterator[tuple[str, str, str]]:
     """(docstring, package, file) of the 8 packages in the standard library that hold the most docstrings."""

@@ -5,7 +5,6 @@ tied to the token embedding. But q, k and v are three Linear modules instead of 
 matrices of a block can be adapted, grown and named: blocks.0.q, blocks.0.k, blocks.0.v, .o, .fc and .proj.
 """
 import json
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from torch.nn import functional as F
 from data import load
 from triadapt import needing
 
-# Published names, and ours.
-RENAMED = {"ln_1": "ln1", "ln_2": "ln2", "ln_f": "ln", "attn.c_proj": "o", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}
+# Parts of published names, and ours. Some files have the names of a GPT2LMHeadModel, some of the GPT2Model in it.
+RENAMED = {"transformer.": "", "h.": "blocks.", "ln_f": "ln", "ln_": "ln", "attn.c_proj": "o", "mlp.c_": ""}
 
 @dataclass
 class GPTConfig:
@@ -103,7 +102,6 @@ def load_gpt2(name: str) -> dict:
         config = [sizes[key] for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
     safe, state = folder / "model.safetensors", {}
     for key, tensor in load(safe if safe.exists() else folder / files[2]).items():
-        key = re.sub(r"^(transformer\.)?(h\.)?", lambda found: "blocks." if found[2] else "", key)
         for theirs, ours in RENAMED.items():
             key = key.replace(theirs, ours)
         if "c_attn" in key:  # q, k and v in one: (width, 3 width), or its bias

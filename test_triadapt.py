@@ -1433,4 +1433,4 @@ def test_the_ablations_change_one_thing_and_two_released_recipes_never_train(hom
 def test_the_core_stays_small():
     """The goal is 300 a file and 800 together; today it is missed, and must not be missed by more."""
     lines = {name: len((HERE / name).read_text().splitlines()) for name in ("triadapt.py", "model.py", "data.py", "train.py")}
-    assert max(lines.values()) <= 300 and sum(lines.values()) <= 866, lines
+    assert max(lines.values()) <= 300 and sum(lines.values()) <= 847, lines

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -30,7 +29,6 @@ from plots.signals import SIGNALS
 from triadapt import (METHODS, SCHEDULES, InputError, adapter_state_dict, add_adapters, find_adapters,
                       load_adapter_state_dict, merge_adapters, need, needing)
 
-LEARNING_RATE = {"triadapt": 1e-2, "lora": 1e-2, "full": 2e-3}  # peaks, chosen on prose's val split: plots/defaults.py
 say = str if PROCESS else tqdm.write  # prints above the progress bar
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--top-k", 4, "matrices that grow at an allocation, for --schedule fixed")
     group = parser.add_argument_group("training")
     option("--steps", 300, "optimiser steps")
-    option("--lr", lambda args: LEARNING_RATE.get(args.method, 1e-2), f"peak learning rate {LEARNING_RATE}", type=float)
+    option("--lr", lambda args: 2e-3 if args.method == "full" else 1e-2, "peak learning rate [1e-2, full: 2e-3]", type=float)
     option("--seed", 0, "seed of adapters, batches and dropout; the base has its own")
     option("--device", None, "torch device, such as cuda:1 [the accelerator if there is one, else the CPU]")
     group.add_argument("--compile", action="store_true", help="torch.compile the model; not with growth")
@@ -152,7 +150,7 @@ def sum_processes(tensors: list[Tensor]) -> None:
     """Sum each tensor over the processes, in place, all in one flat message."""
     if WORLD > 1:
         flat = parameters_to_vector(tensors)
-        dist.all_reduce(flat)
+        torch.distributed.all_reduce(flat)
         vector_to_parameters(flat, tensors)
 
 class Run:
@@ -202,15 +200,15 @@ class Run:
     def evaluate(self, split: str) -> dict[str, float]:
         """{split}_loss in nats per target; for a task also {split}_accuracy and {split}_f1, the mean over the classes."""
         self.model.eval()
-        loss, count, n = torch.zeros((), device=self.device), torch.zeros((), device=self.device), len(self.classes)
-        confusion = torch.zeros(n, n, device=self.device)  # (true, predicted)
+        n = len(self.classes)
+        sums = torch.zeros(2 + n * n, device=self.device)  # of the loss, of the targets, and of each (true, predicted)
         for batch in [*batches(self.examples[split], self.args.batch_size)][PROCESS::WORLD]:
-            total, logits, targets = predict(self.model, *batch, self.device)
+            loss, logits, targets = predict(self.model, *batch, self.device)
             known = targets != NO_TARGET
-            loss, count = loss + total, count + known.sum()
-            if n:
-                confusion += (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n).view(n, n)
-        sum_processes([loss, count, confusion])
+            pairs = (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n)[:n * n]
+            sums += torch.cat((torch.stack((loss, known.sum())), pairs))
+        sum_processes([sums])
+        loss, count, confusion = sums[0], sums[1], sums[2:].view(n, n)
         f1 = 2 * confusion.diag() / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
         accuracy = {f"{split}_accuracy": confusion.trace() / count, f"{split}_f1": f1.mean()} if n else {}
         return {name: value.item() for name, value in ({f"{split}_loss": loss / count} | accuracy).items()}
@@ -291,7 +289,7 @@ def main(argv: list[str] | None = None) -> Run:
 
 if __name__ == "__main__":
     if WORLD > 1:
-        dist.init_process_group()
+        torch.distributed.init_process_group()
     try:
         main()
     except InputError as error:

@@ -205,8 +205,8 @@ class RankAllocator:
         need(all(p in held for a in adapters.values() for p in a.parameters() if p.requires_grad),
              "optimizer: it lacks parameters of the adapters; make it after add_adapters")
         self.state, self.decided = {"baseline": self.importances()}, {}  # what resuming needs; the last scores
-        if pace_young not in optimizer._optimizer_step_pre_hooks.values():  # once, whatever the number of allocators
-            optimizer.register_step_pre_hook(pace_young)
+        if isinstance(optimizer, torch.optim.Adam) and pace_young not in optimizer._optimizer_step_post_hooks.values():
+            optimizer.register_step_post_hook(pace_young)  # once, whatever the number of allocators
 
     @property
     def total_rank(self) -> int:
@@ -240,9 +240,6 @@ class RankAllocator:
             self.state["baseline"] = self.importances()
         return grown
 
-# Who grows. A class with other scores() is an entry here, and train.py's --score.
-SIGNALS = {"importance": RankAllocator}
-
 def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int) -> None:
     """`new` takes the place of `old` in its group, and its moments, to which the new entries append zeros."""
     for group in optimizer.param_groups:
@@ -253,30 +250,23 @@ def carry_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
         for key, value in state.items():
             if torch.is_tensor(value) and value.shape == old.shape:
                 state[key] = torch.cat((value, torch.zeros_like(new.data).narrow(axis, 0, length)), dim=axis)
-        if "exp_avg_sq" in state:
+        if isinstance(optimizer, torch.optim.Adam):
             born = torch.cat((born, state["step"].to(born).expand(length)))
             state["born"] = born.view([-1 if d == axis else 1 for d in range(new.dim())])
         optimizer.state[new] = state
 
 @torch.no_grad()
-def pace_young(optimizer: torch.optim.Optimizer, *_) -> None:
-    """Before an optimiser step, set second moments such that new entries move as in a freshly started Adam.
-    Adam corrects its moments by the tensor's step count t, but an entry of age k has summed k gradients only. It would
-    move sqrt(c) times too fast, up to 6: c = ((1 - b1^k) / (1 - b1^t))^2 (1 - b2^t) / (1 - b2^k). So its exp_avg_sq is
-    kept at c times the fresh one's; where c < 1 it is left, as slower than fresh does no harm."""
-    def pace(t: Tensor, born: Tensor, b1: float, b2: float) -> Tensor:  # c
-        k = (t - born).clamp(min=1)
-        return (((1 - b1 ** k) / (1 - b1 ** t)) ** 2 * (1 - b2 ** t) / (1 - b2 ** k)).clamp(min=1)
-
+def pace_young(optimizer: torch.optim.Adam, *_) -> None:
+    """After a step of Adam or AdamW, take back what new entries moved too far.
+    Adam corrects for its zero start by f(t), t the tensor's step count, but the moments of an entry of age k have seen
+    k gradients only: f(t) moves it up to 6 times too fast, f(k) as a freshly started Adam would."""
     for group in optimizer.param_groups:
-        states = {p: optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None}
-        states = {p: state for p, state in states.items() if "born" in state}
+        b1, b2 = group["betas"]
+        states = {p: state for p in group["params"] if p.grad is not None and "born" in (state := optimizer.state[p])}
         if states:  # all in one vector: a hundred short ones would cost more than the adapters do
-            b2, sizes = group["betas"][1], [state["born"].numel() for state in states.values()]
-            born = torch.cat([state["born"].flatten() for state in states.values()])
-            t = torch.cat([state["step"].to(born).expand(n) for state, n in zip(states.values(), sizes)])
-            c, before = pace(t + 1, born, *group["betas"]), pace(t, born, *group["betas"])
-            parts = (c / before).split(sizes), ((c - 1) * (1 - b2) / b2).split(sizes)
-            for p, change, new in zip(states, *parts):
-                second, shape = states[p]["exp_avg_sq"], states[p]["born"].shape
-                second.mul_(change.view(shape)).addcmul_(p.grad, p.grad * new.view(shape))
+            born = [state["born"].flatten() for state in states.values()]
+            t = torch.cat([state["step"].to(b).expand_as(b) for state, b in zip(states.values(), born)])
+            f, fresh = ((1 - b2 ** n).sqrt() / (1 - b1 ** n) for n in (t, t - torch.cat(born)))
+            too_far = (group["lr"] * (f - fresh).clamp(min=0)).split([len(b) for b in born])
+            for (p, state), rate in zip(states.items(), too_far):
+                p.addcdiv_(state["exp_avg"] * rate.view_as(state["born"]), state["exp_avg_sq"].sqrt().add_(group["eps"]))

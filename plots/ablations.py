@@ -24,7 +24,8 @@ sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 from data import collate  # noqa: E402
 from plots.compare import COMMON  # noqa: E402
-from triadapt import METHODS, SIGNALS, RankAllocator, TriAdaptLinear, pace_young  # noqa: E402
+from plots.signals import SIGNALS  # noqa: E402
+from triadapt import METHODS, RankAllocator, TriAdaptLinear, pace_young  # noqa: E402
 
 ALPHA = 16.0  # train.py's default, which an adapter does not know: it is given alpha / target rank
 
@@ -115,7 +116,7 @@ class Unpaced(RankAllocator):
 
     def __init__(self, adapters, optimizer, **settings):
         super().__init__(adapters, optimizer, **settings)
-        hooks = optimizer._optimizer_step_pre_hooks
+        hooks = optimizer._optimizer_step_post_hooks
         for key in [key for key, hook in hooks.items() if hook is pace_young]:
             del hooks[key]
 

@@ -41,7 +41,7 @@ def defaults_table(lines: list[str]) -> str:
 def bootstrap(differences: list[float]) -> tuple[float, float]:
     """The 95 % interval of a mean, from 10 000 resamples with a fixed seed."""
     rng = random.Random(0)
-    means = sorted(statistics.mean(rng.choices(differences, k=len(differences))) for _ in range(10_000))
+    means = sorted(statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(10_000))
     return means[250], means[9750]
 
 

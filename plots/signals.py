@@ -1,14 +1,14 @@
 """Who grows, other than by the paper's importance: allocators to compare with, and a budget counted in numbers.
 
 Each is a RankAllocator with other scores(). What it has to remember is in self.state, so a checkpoint holds it.
-Importing this file makes them choices of train.py's --score.
+They are the choices of train.py's --score.
 """
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from triadapt import SIGNALS, LoRALinear, RankAllocator
+from triadapt import LoRALinear, RankAllocator
 
 
 class Random(RankAllocator):
@@ -156,6 +156,7 @@ class EqualNumbers(RankAllocator):
         return fitting
 
 
-SIGNALS |= {"random": Random, "uniform": Uniform, "sensitivity": Sensitivity, "worth": Worth}
+# train.py's --score. The importance is the paper's; a fork adds its own here.
+SIGNALS = {"importance": RankAllocator, "random": Random, "uniform": Uniform, "sensitivity": Sensitivity, "worth": Worth}
 SIGNALS |= {f"{name}, equal numbers": type(f"EqualNumbers{signal.__name__}", (EqualNumbers, signal), {})
             for name, signal in SIGNALS.items()}
