@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import train
 from model import GPT, GPTConfig, generate, load_gpt2
-from plots.run import planned_growth
+from plots.run import draw_run, planned_growth
 from triadapt import (METHODS, SCHEDULES, InputError, LoRALinear, RankAllocator, TriAdaptLinear, adapter_state_dict,
                       add_adapters, find_adapters, load_adapter_state_dict, merge_adapters)
 
@@ -608,7 +608,14 @@ def home(tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = GPTConfig(tokenizer.get_vocab_size(), 16, 2, 2, 16)
     data.save(Path("base.pt"), {"config": asdict(config), "tokenizer": tokenizer.to_str(), "model": GPT(config).state_dict()})
+    monkeypatch.setattr(train, "draw_run", lambda folder: folder / "run.png")  # a second a run, so only where it is looked at
     return tmp_path
+
+
+@pytest.fixture
+def drawing(home, monkeypatch):
+    """Runs draw their figure."""
+    monkeypatch.setattr(train, "draw_run", draw_run)
 
 
 TINY = ["--base", "base.pt", "--data", "text.txt", "--device", "cpu", "--steps", "30", "--batch-size", "4", "--out", "out"]
@@ -786,7 +793,7 @@ def test_gpt2_adapts_and_without_a_network_the_error_names_the_folder(home, monk
 
 # ---------------------------------------------------------------- train.py
 
-def test_a_run_writes_its_files_and_grows_to_the_budget(home, capsys):
+def test_a_run_writes_its_files_and_grows_to_the_budget(home, drawing, capsys):
     train.main([*TINY, "--schedule", "linear", "--rank", "4", "--orth", "0.001"])
     assert {p.name for p in Path("out").iterdir()} == {"config.json", "log.jsonl", "adapter.pt", "checkpoint.pt", "run.png"}
     log = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
@@ -822,7 +829,7 @@ def test_the_orthogonality_penalty_is_part_of_the_loss_and_logged_beside_it(home
     assert all(entry["train_loss"] < 6 < 9 * entry["penalty"] for entry in evals)  # the task's loss, without the penalty
 
 
-def test_a_task_is_learned_told_drawn_resumed_and_not_asked_for_text(home, monkeypatch, capsys):
+def test_a_task_is_learned_told_drawn_resumed_and_not_asked_for_text(home, drawing, monkeypatch, capsys):
     write_table("task.tsv")
     arguments = [*TINY, "--task", "task.tsv", "--steps", "60", "--batch-size", "16", "--rank", "4", "--lr", "0.03"]
     run = train.main(arguments)
@@ -955,7 +962,6 @@ def interrupt_at(step: int, monkeypatch) -> None:
 
 def test_the_signals_of_the_comparison_resume_to_the_same_bits(home, monkeypatch):
     from plots import signals
-    monkeypatch.setattr(train, "draw_run", str, raising=False)  # to save time
     for signal in ("sensitivity", "worth, equal numbers"):
         arguments = [*TINY, "--steps", "12", "--eval-interval", "12", "--rank", "4", "--score", signal, "--dropout", "0.1"]
         assert type(train.main(arguments).allocator) is signals.SIGNALS[signal]
@@ -1206,7 +1212,6 @@ def test_readme_tables_are_what_the_results_give():
 
 def test_the_sweep_of_the_defaults_picks_rates_and_goes_on_where_it_was(home, monkeypatch, capsys):
     from plots import defaults
-    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
     monkeypatch.setattr(defaults, "RATES", {"LoRA": (1e-4, 1e-2)})
     monkeypatch.setattr(defaults, "GROWTH", {"growth": ["--interval", "1"]})
     arguments = ["", "--seeds", "2", "--steps", "20", "--results", "cells.jsonl", "--base", "base.pt", "--data", "text.txt"]
@@ -1237,7 +1242,6 @@ def test_the_benchmark_measures_every_variant_and_goes_on_where_it_was(home, mon
 
 def test_the_comparison_runs_every_row_at_its_best_rate_and_counts_what_it_trains(home, monkeypatch, capsys):
     from plots import compare
-    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
     monkeypatch.setattr(compare, "COMMON", TINY[2:4] + ["--steps", "20", "--batch-size", "4", "--eval-interval", "10", "--rank", "2"])
     monkeypatch.setattr(compare, "TASKS", {"prose": []})
     monkeypatch.setattr(compare, "RATES", {"prose": (1e-4, 1e-2)})
@@ -1394,7 +1398,6 @@ def test_readme_shows_the_figures_that_are_there():
 
 def test_the_low_data_runs_use_so_many_tokens_and_take_what_the_comparison_knows(home, monkeypatch, capsys):
     from plots import compare, low_data
-    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
     monkeypatch.setattr(compare, "code_loss", lambda run: 0.0)
     monkeypatch.setattr(low_data, "RATES", (1e-2,))
     monkeypatch.setattr(low_data, "ROWS", ("LoRA",))
@@ -1413,7 +1416,6 @@ def test_the_low_data_runs_use_so_many_tokens_and_take_what_the_comparison_knows
 
 def test_the_ablations_change_one_thing_and_two_released_recipes_never_train(home, monkeypatch, capsys):
     from plots import ablations
-    monkeypatch.setattr(train, "draw_run", lambda folder: folder)  # drawn elsewhere
     rows = ["reference", "released: block-cb0", "released: block-abc0", "released: single", "moments of a grown matrix reset",
             "new entries at half rate", "new moments not paced"]
     monkeypatch.setattr(sys, "argv", ["", "--rows", *rows, "--seeds", "1", "--results", "cells.jsonl", *TINY[:-2], "--steps", "30",
