@@ -1247,6 +1247,7 @@ def test_the_benchmark_measures_every_variant_and_goes_on_where_it_was(home, mon
     bench.main()
     line = json.loads(Path("bench.jsonl").read_text())
     assert {"limit", "full", "LoRA", "TriAdaptLoRA", "TriAdaptLoRA, grown"} <= {*line["ratio"]} and line["ratio"]["limit"] == 1
+    assert sum(line["parts"]["limit"]) == pytest.approx(1, abs=0.01)
     assert line["allocation"] > 0 and line["held_bytes"]["limit"] < line["held_bytes"]["LoRA"] < line["held_bytes"]["full"]
     capsys.readouterr()
     bench.main()
@@ -1255,6 +1256,21 @@ def test_the_benchmark_measures_every_variant_and_goes_on_where_it_was(home, mon
     with pytest.raises(SystemExit, match="2"):
         bench.main()
     assert "--rounds 1" in capsys.readouterr().err
+
+
+def test_the_backward_by_hand_of_the_benchmark_is_autograds():
+    from plots.bench import ByHand
+    results, base, x = [], nn.Linear(6, 9), torch.randn(3, 4, 6)
+    for adapter in (TriAdaptLinear(base, 4, 2.0), ByHand(base, 4, 2.0)):
+        generator, inputs = torch.Generator().manual_seed(0), x.clone().requires_grad_()
+        own = [p for p in adapter.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in own:
+                p.copy_(torch.randn(p.shape, generator=generator))
+        y = adapter(inputs)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [inputs, *own])])
+    assert len(results[0]) == 6
+    torch.testing.assert_close(*results)
 
 
 def test_the_comparison_runs_every_row_at_its_best_rate_and_counts_what_it_trains(home, monkeypatch, capsys):

@@ -5,10 +5,12 @@
 
 A step is forward, cross-entropy, backward and AdamW, with adapters on all six matrices of each block. `limit` is the
 base alone, frozen, with the gradients that every such adapter needs flowing through its activations: no adapter costs
-less. `grown` came from half its rank in up to four growths. peft's AdaLoRA has its orthogonality penalty, but does not
-allocate. All variants take turns, a step each. A finished configuration is a line of plots/bench.jsonl:
+less. `grown` came from half its rank in up to four growths. `by hand` has a backward of its own, which the core does
+without. peft's AdaLoRA has its orthogonality penalty, but does not allocate. All variants take turns, a step each. A
+finished configuration is a line of plots/bench.jsonl:
 
     ratio, quartiles     to the limit's step of the same round: median, first and third quartile
+    parts                medians of forward, backward and optimiser, in median steps of the limit
     tokens_per_second    by the median step; that of `full` in the axis `task` is the speed of train.py's pretraining
     allocation           scores of all matrices and growth of all, in steps of the variant that grows
     held_bytes           parameters, gradients, optimiser state and all that autograd saves for backward
@@ -30,7 +32,7 @@ from data import save  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from plots.run import planned_growth  # noqa: E402
 from train import pick_device, predict  # noqa: E402
-from triadapt import RankAllocator, add_adapters  # noqa: E402
+from triadapt import METHODS, RankAllocator, TriAdaptLinear, add_adapters  # noqa: E402
 
 MATRICES = ["q", "k", "v", "o", "fc", "proj"]
 CENTRE = {"layers": 6, "width": 384, "heads": 6, "context": 256, "batch": 4, "rank": 8}
@@ -38,8 +40,33 @@ AXES = {"width": [{"width": width, "heads": width // 64} for width in (128, 256,
         "rank": [{"rank": rank} for rank in (2, 16, 64)], "batch": [{"batch": batch} for batch in (1, 16)],
         "task": [{"layers": 4, "width": 128, "heads": 4, "context": 128, "batch": 8}]}
 QUICK = {"layers": 1, "width": 64, "heads": 1, "context": 32, "batch": 2, "rank": 4}
-VARIANTS = ["limit", "full", "LoRA", "TriAdaptLoRA", "TriAdaptLoRA, grown"]
+VARIANTS = ["limit", "full", "LoRA", "TriAdaptLoRA", "TriAdaptLoRA, grown", "TriAdaptLoRA, by hand"]
 VARIANTS += ["peft LoRA", "peft AdaLoRA"] if importlib.util.find_spec("peft") else []
+
+
+class Product(torch.autograd.Function):
+    """y = W x + b + s up^T A x with a backward that adds both terms of dL/dx in place, where autograd makes two tensors."""
+
+    @staticmethod
+    def forward(context, x, weight, bias, A, up, scale):  # (n, d_in), (d_out, d_in), (d_out,), (r, d_in), (r, d_out)
+        h = x @ A.t()  # (n, r)
+        context.save_for_backward(x, weight, A, up, h)
+        context.scale = scale
+        return torch.addmm(bias, x, weight.t()).addmm_(h, up, alpha=scale)
+
+    @staticmethod
+    def backward(context, grad):  # (n, d_out)
+        x, weight, A, up, h = context.saved_tensors
+        grad_h = context.scale * (grad @ up.t())
+        return (grad @ weight).addmm_(grad_h, A), None, None, grad_h.t() @ x, context.scale * (h.t() @ grad), None
+
+
+class ByHand(TriAdaptLinear):
+    """TriAdaptLinear without dropout, through Product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = Product.apply(x.flatten(0, -2), self.base.weight, self.base.bias, self.lora_A, self.up(), self.scale)
+        return y.view(*x.shape[:-1], -1)
 
 
 class GPTWithLoss(GPT):
@@ -47,6 +74,9 @@ class GPTWithLoss(GPT):
 
     def forward(self, batch) -> argparse.Namespace:
         return argparse.Namespace(loss=predict(super().forward, *batch, batch[0].device)[0] / batch[1].numel())
+
+
+METHODS["by hand"] = ByHand
 
 
 class Variant:
@@ -61,7 +91,8 @@ class Variant:
         elif name == "LoRA":
             add_adapters(gpt, MATRICES, "lora", rank)
         elif name.startswith("TriAdaptLoRA"):
-            adapters = add_adapters(gpt, MATRICES, "triadapt", rank, (rank + 1) // 2 if "grown" in name else rank)
+            method, init_rank = "by hand" if "by hand" in name else "triadapt", (rank + 1) // 2 if "grown" in name else rank
+            adapters = add_adapters(gpt, MATRICES, method, rank, init_rank)
         elif name.startswith("peft"):
             from peft import AdaLoraConfig, LoraConfig, get_peft_model
             config = (LoraConfig(r=rank, target_modules=MATRICES) if name == "peft LoRA" else
@@ -77,10 +108,12 @@ class Variant:
             self.allocation = statistics.median(growth / step for step, growth in steps)
             self.step()
 
-    def step(self) -> None:
+    def step(self) -> list[float]:
+        """A training step: the seconds of forward, backward and optimiser."""
         self.model.zero_grad()
-        self.model(self.batch).loss.backward()
-        self.optimizer.step()
+        losses = []
+        return [seconds(lambda: losses.append(self.model(self.batch).loss)), seconds(lambda: losses[0].backward()),
+                seconds(self.optimizer.step)]
 
     def held_bytes(self) -> int:
         """Memory in use between forward and backward."""
@@ -106,10 +139,10 @@ def measure(settings: dict, device: torch.device) -> dict:
     config = GPTConfig(**{name: settings[name] for name in ("layers", "width", "heads", "context")})
     base = GPTWithLoss(config).to(device)
     batch = torch.randint(config.vocab_size, (2, settings["batch"], config.context), device=device).unbind()
-    variants, times, held, peak = {}, {}, {}, {}
+    variants, parts, held, peak = {}, {}, {}, {}
     for name in settings["variants"]:
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        variants[name], times[name] = Variant(name, copy.deepcopy(base), settings["rank"], batch), []
+        variants[name], parts[name] = Variant(name, copy.deepcopy(base), settings["rank"], batch), []
         held[name] = variants[name].held_bytes()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -117,10 +150,14 @@ def measure(settings: dict, device: torch.device) -> dict:
             peak[name] = torch.cuda.max_memory_allocated() - before
     for _ in range(settings["rounds"]):
         for name, variant in variants.items():
-            times[name].append(seconds(variant.step))
+            parts[name].append(variant.step())
+    times = {name: [sum(step) for step in steps] for name, steps in parts.items()}
     ratios = {name: [own / limit for own, limit in zip(times[name], times["limit"])] for name in variants}
+    shares = {name: [statistics.median(part) / statistics.median(times["limit"]) for part in zip(*steps)]
+              for name, steps in parts.items()}
     return {"settings": settings, "ratio": {name: round(statistics.median(r), 3) for name, r in ratios.items()},
             "quartiles": {name: [round(q, 3) for q in statistics.quantiles(r)[::2]] for name, r in ratios.items()},
+            "parts": {name: [round(share, 3) for share in own] for name, own in shares.items()},
             "tokens_per_second": {name: batch[0].numel() / statistics.median(own) for name, own in times.items()},
             "allocation": variants["TriAdaptLoRA, grown"].allocation, "held_bytes": held, "peak_bytes": peak}
 

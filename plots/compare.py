@@ -37,7 +37,7 @@ ROWS = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
         "exponential": ["--schedule", "exponential"], "fixed": ["--schedule", "fixed"]}
 ROWS |= {f"linear, {signal}": ["--score", signal] for signal in signals.SIGNALS if signal != "importance"}
 ROWS |= {adalora.ROW: ["--method", "full"]}  # peft puts its own adapters into a model that has none
-RATES = {"prose": (5e-3, 1e-2, 2e-2, 4e-2), "prose, 20 000 tokens": (2.5e-3, 5e-3, 1e-2, 2e-2),
+RATES = {"prose": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), "prose, 20 000 tokens": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
          "modules": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2)}  # of adapters; full fine-tuning tries a fifth of each
 
 

@@ -35,7 +35,7 @@ COLOURS = {  # part of a row's name: colour and marker; the last part that fits 
     "LoRA": ("#777777", "s"), "full": ("#000000", "*"), "core": ("#5D3A9B", "D"), "TriAdaptLoRA": ("#5D3A9B", "D"),
     "linear": ("#0072B2", "o"), "paper": ("#0072B2", "o"), "grown": ("#0072B2", "o"), "exponential": ("#56B4E9", "^"),
     "fixed": ("#009E73", "v"), "random": ("#E69F00", "<"), "uniform": ("#D55E00", ">"), "sensitivity": ("#CC79A7", "p"),
-    "increlora": ("#CC79A7", "p"), "worth": ("#8C510A", "P"), "AdaLoRA": ("#A39100", "X")}
+    "increlora": ("#CC79A7", "p"), "worth": ("#8C510A", "P"), "AdaLoRA": ("#A39100", "X"), "by hand": ("#009E73", "v")}
 GROWTHS = ("linear", "exponential", "fixed")
 
 

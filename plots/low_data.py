@@ -1,6 +1,9 @@
-"""How much text does growth need? LoRA and two growths on the first 5 000, 20 000, 50 000 and all tokens of prose.
+"""How much text does growth need? LoRA and three growths on the first 5 000, 20 000, 50 000 and all tokens of prose.
 
-    python plots/low_data.py            # 3 seeds; 10 minutes of one core, as two of the sizes are in compare.jsonl
+    python plots/low_data.py            # 3 seeds; 20 minutes of one core, as two of the sizes are in compare.jsonl
+    # and for four times as many tokens seen, 40 minutes:
+    python plots/low_data.py --sizes 20000 --seeds 5 --known /dev/null --results plots/low_data_600.jsonl \\
+        --steps 600 --batch-size 8
 
 By the rules of compare.py: the learning rate of each size and row is the one with the best validation loss of seed 0. A
 finished run is a line of plots/low_data.jsonl, so that a stopped sweep goes on where it was.
@@ -14,10 +17,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from plots import compare  # noqa: E402
 
-ROWS = ("LoRA", "linear", "linear, random")
+ROWS = ("LoRA", "linear", "linear, random", "linear, worth", "linear, worth, equal numbers")
 SIZES = {"prose, 5 000 tokens": 5_000, "prose, 20 000 tokens": 20_000, "prose, 50 000 tokens": 50_000,
          "prose": 99_062}  # the last is all of its training split
-RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+RATES = (6.25e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 
 
 def main() -> None:

@@ -63,8 +63,8 @@ def compare_table(lines: list[str]) -> str:
         metric, better = ("accuracy", "higher") if task == "modules" else ("loss", "lower")
         before = cells[[cell["task"] for cell in cells].index(task)]["before"][metric]
         text += [f"**{task}**: test {metric} ({better} is better; {before:.3f} before adapting)", "",
-                 f"| | seeds | test {metric} | minus LoRA, paired, 95 % | learning rate | trainable: first, mean, last | "
-                 "forgetting | seconds |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+                 f"| | seeds | test {metric} | minus LoRA, paired, 95 % | at the step best on validation | learning rate | "
+                 "trainable: first, peak, mean, last | forgetting | seconds, of growth | file, kB |", "| --- " * 10 + "|"]
         order = sorted(rows, key=lambda row: statistics.mean(c["test"][metric] for c in rows[row].values()))
         for row in order if better == "lower" else order[::-1]:
             runs = rows[row]
@@ -72,13 +72,27 @@ def compare_table(lines: list[str]) -> str:
             paired = [runs[seed]["test"][metric] - rows["LoRA"][seed]["test"][metric] for seed in runs if seed in rows["LoRA"]]
             low, high = bootstrap(paired)
             gap = "" if row == "LoRA" else f"{statistics.mean(paired):+.4f} ({low:+.4f} to {high:+.4f})"
-            first, mean, last = (round(statistics.mean(cell["trainable"][key] for cell in runs.values()))
-                                 for key in ("initial", "mean", "final"))
+            median = {key: statistics.median(cell[key] for cell in runs.values()) for key in ("seconds", "growth_seconds", "file_bytes")}
+            trainable = (statistics.mean(cell["trainable"][key] for cell in runs.values())
+                         for key in ("initial", "peak", "mean", "final"))
             text.append(f"| {row} | {len(runs)} | {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f} | {gap} | "
-                        f"{next(iter(runs.values()))['rate']:g} | {first:,}, {mean:,}, {last:,} | "
+                        f"{statistics.mean(cell['best_test'][metric] for cell in runs.values()):.4f} | "
+                        f"{next(iter(runs.values()))['rate']:g} | {', '.join(f'{n:,.0f}' for n in trainable)} | "
                         f"{statistics.mean(cell['forgetting'] for cell in runs.values()):.2f} | "
-                        f"{statistics.median(cell['seconds'] for cell in runs.values()):.0f} |")
+                        f"{median['seconds']:.0f}, {median['growth_seconds']:.1f} | {median['file_bytes'] / 1000:.0f} |")
         text.append("")
+    return "\n".join(text)
+
+
+def rates_table(lines: list[str]) -> str:
+    """The test loss of seed 0 at each learning rate: a difference between rows may be one of rates."""
+    cells = [cell for cell in map(json.loads, lines) if cell["seed"] == 0]
+    rates = sorted({cell["rate"] for cell in cells})
+    text = ["Seed 0, test loss at each learning rate:", "",
+            f"| | {' | '.join(f'{rate:g}' for rate in rates)} |", "| --- " * (len(rates) + 1) + "|"]
+    for row in dict.fromkeys(cell["row"] for cell in cells):
+        losses = {cell["rate"]: cell["test"]["loss"] for cell in cells if cell["row"] == row}
+        text.append(f"| {row} | {' | '.join(f'{losses[rate]:.4f}' for rate in rates)} |")
     return "\n".join(text)
 
 
@@ -122,10 +136,12 @@ def bench_table(lines: list[str]) -> str:
     text = [f"Width {settings['width']}, rank {settings['rank']}, {settings['batch'] * settings['context']} tokens a batch, "
             f"{settings['device']} with {settings['threads']} threads: median of {settings['rounds']} rounds. Scores and growth "
             f"of all matrices at once take {line['allocation']:.2f} of a step.", "",
-            "| | step, in steps of the limit (quartiles) | tokens per second | memory, MB |", "| --- | --- | --- | --- |"]
+            "| | step, in steps of the limit (quartiles) | forward | backward | optimiser | tokens per second | memory, MB |",
+            "| --- " * 7 + "|"]
     for name, ratio in line["ratio"].items():
         low, high = line["quartiles"][name]
-        text.append(f"| {name} | {ratio:.3f} ({low:.2f} to {high:.2f}) | {line['tokens_per_second'][name]:,.0f} | "
+        parts = " | ".join(f"{part:.3f}" for part in line["parts"][name])
+        text.append(f"| {name} | {ratio:.3f} ({low:.2f} to {high:.2f}) | {parts} | {line['tokens_per_second'][name]:,.0f} | "
                     f"{line['held_bytes'][name] / 1e6:.0f} |")
     return "\n".join(text)
 
@@ -169,7 +185,9 @@ def first_run(lines: list[str]) -> str:
 
 def render(readme: str) -> str:
     """README's text with every generated part made anew."""
-    parts = {"paper": paper_table(), "first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
+    long = (HERE / "low_data_600.jsonl").read_text().splitlines()
+    parts = {"long runs": f"{compare_table(long)}\n{rates_table(long)}",
+             "paper": paper_table(), "first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
              "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines()),
              "planted": planted_table((HERE / "planted.jsonl").read_text().splitlines()),
              "ablations": ablations_table((HERE / "ablations.jsonl").read_text().splitlines()),
