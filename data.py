@@ -1,8 +1,8 @@
 """Text in, batches out: bytes -> documents -> tokens -> examples -> (inputs, targets). An example is (2, time), int64.
 
-Two corpora and a task come with every Python, so that nothing is downloaded: `code`, the standard library's sources, on
-which the base model is pretrained; `prose`, the language reference behind help("assert"), to which it is adapted; and
-`modules`, docstrings to be told apart by the package they come from. A UTF-8 text or a .tsv in GLUE's layout serves too.
+Nothing is downloaded, as every Python brings: `code`, the standard library's sources, on which the base is pretrained;
+`prose`, the language reference behind help("assert"), to which it is adapted; and `modules`, docstrings to be told
+apart by package. A UTF-8 text, or a .tsv in GLUE's layout, serves too.
 """
 import ast
 import csv
@@ -35,17 +35,14 @@ NO_TARGET = -100  # what cross_entropy leaves out
 # Not source that a person wrote to be read: tests, generated tables, installed packages.
 NOT_CODE = re.compile(r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*")
 
-def save(path: Path, content: str | dict | Iterable[bytes], anew: bool = True) -> None:
-    """Write a text, what torch.save takes, or pieces of bytes, in the first process; the others wait for it.
-    It gets a temporary name first: the file is there whole, or not. anew: also where there is one already."""
+def save(path: Path, content: dict | Iterable[bytes], anew: bool = True) -> None:
+    """Write what torch.save takes, or pieces of bytes, in the first process; the others wait. The file gets a temporary
+    name first: it is there whole, or not. anew: also where there is one already."""
     if PROCESS == 0 and (anew or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        if isinstance(content, dict):
-            torch.save(content, temporary)
-        else:
-            with open(temporary, "wb") as file:
-                file.writelines([content.encode()] if isinstance(content, str) else content)
+        with open(temporary, "wb") as file:
+            torch.save(content, file) if isinstance(content, dict) else file.writelines(content)
         os.replace(temporary, path)
     if WORLD > 1:
         torch.distributed.barrier()
@@ -94,13 +91,12 @@ def text_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[s
     """({split: windows of a text (n, 2, context)}, no classes). In training they begin anywhere, else they don't overlap.
     The tokens are memory-mapped from the cache, under a name that hashes text and tokenizer; made there at need.
     Raises InputError when a split is not longer than one context."""
-    examples, end = {}, tokenizer.token_to_id(END_OF_TEXT)
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    examples, dtype = {}, np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     key = text_hash(itertools.chain([tokenizer.to_str()], documents(name)))
     for split in dict.fromkeys(SPLITS):
         path = CACHE / f"tokens-{key}-{split}.bin"
-        texts = (text for i, text in enumerate(documents(name)) if SPLITS[i % 10] == split)
-        encoded = (tokenizer.encode(text, add_special_tokens=False).ids + [end] for text in texts)
+        texts = (text + END_OF_TEXT for i, text in enumerate(documents(name)) if SPLITS[i % 10] == split)
+        encoded = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
         save(path, (np.array(ids, dtype).tobytes() for ids in encoded), anew=False)
         size, stride = path.stat().st_size // dtype().itemsize, 1 if split == "train" else context
         need(size > context, f"--data {name}: its {split} split has {size} tokens, fewer than one context of {context} + 1")
@@ -160,8 +156,6 @@ def training_batch(examples: Sequence[Tensor], size: int, seed: int, step: int) 
     """The batch of a step, a function of (seed, step) alone: resuming needs no position."""
     return collate(examples, np.random.default_rng((seed, step)).integers(len(examples), size=size))
 
-def batches(examples: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(examples: Sequence[Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
     """Held-out examples in order, EVAL_EXAMPLES at most."""
-    numbers = range(min(len(examples), EVAL_EXAMPLES))
-    for i in numbers[::size]:
-        yield collate(examples, numbers[i:i + size])
+    return [collate(examples, numbers) for numbers in torch.arange(min(len(examples), EVAL_EXAMPLES)).split(size)]

@@ -1,8 +1,8 @@
 """GPT-2, small or as published: the model that train.py pretrains or loads, then adapts. It knows nothing of adapters.
 
-The architecture is GPT-2's to the last constant: learned positions, layer norm before each sub-layer, tanh GELU, a head
-tied to the token embedding. But q, k and v are three Linear modules instead of one c_attn, so that each of the six
-matrices of a block can be adapted, grown and named: blocks.0.q, blocks.0.k, blocks.0.v, .o, .fc and .proj.
+It is GPT-2 to the last constant: learned positions, layer norm before each sub-layer, tanh GELU, a head tied to the
+token embedding. But q, k and v are three Linears instead of one c_attn, so that each of a block's six matrices can be
+adapted, grown and named: blocks.0.q, .k, .v, .o, .fc and .proj.
 """
 import json
 from dataclasses import asdict, dataclass, replace

@@ -1008,14 +1008,14 @@ def test_files_of_equal_content_have_equal_bytes_whichever_process_wrote_them(ho
 def test_the_first_process_alone_writes_and_a_cache_is_written_once(home, monkeypatch):
     path = Path("a/b.bin")
     monkeypatch.setattr(data, "PROCESS", 1)
-    data.save(path, "second process")
+    data.save(path, [b"second process"])
     assert not path.exists()
     monkeypatch.setattr(data, "PROCESS", 0)
     for pieces in ([b"fir", b"st"], [b"second"]):
         data.save(path, pieces, anew=False)
     assert path.read_bytes() == b"first" and [*path.parent.iterdir()] == [path]
-    data.save(path, "third")
-    assert path.read_text() == "third"
+    data.save(path, [b"third"])
+    assert path.read_bytes() == b"third"
 
 
 def test_no_two_steps_of_any_two_seeds_draw_the_same_numbers(home, monkeypatch):
@@ -1105,8 +1105,8 @@ def test_a_checkpoint_that_does_not_fit_or_is_cut_short_is_refused(home):
 def test_a_write_that_fails_leaves_the_old_file(home, monkeypatch):
     before = Path("base.pt").read_bytes()
 
-    def disk_full(content, path):
-        Path(path).write_bytes(b"half")
+    def disk_full(content, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", disk_full)

@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("training")
     option("--steps", 300, "optimiser steps")
     option("--lr", lambda args: 2e-3 if args.method == "full" else 1e-2, "peak learning rate [1e-2, full: 2e-3]", type=float)
+    option("--core-lr-ratio", 1.0, "learning rate of the core L + U over that of A and B; 0.1 is better (README.md)")
     option("--seed", 0, "seed of adapters, batches and dropout; the base has its own")
     option("--device", None, "torch device, such as cuda:1 [the accelerator if there is one, else the CPU]")
     group.add_argument("--compile", action="store_true", help="torch.compile the model; not with growth")
@@ -158,26 +159,28 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out, self.device = args, Path(args.out), pick_device(args.device)
         self.model, self.tokenizer = load_base(args, self.device)
-        longest = self.model.config.context
-        context = args.context or longest
-        need(context <= longest, f"--context {context}: the base reads at most {longest} tokens")
+        context = args.context or self.model.config.context
+        need(context <= self.model.config.context, f"--context {context}: the base reads no more than "
+             f"{self.model.config.context} tokens")
         read = task_examples if args.task else text_examples
         self.examples, self.classes = read(args.task or args.data, self.tokenizer, context)
         torch.manual_seed(args.seed)
-        if args.method != "full":
-            add_adapters(self.model, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout)
+        self.adapters = {} if args.method == "full" else add_adapters(
+            self.model, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout)
         self.model.classify(len(self.classes))
-        self.adapters = find_adapters(self.model)
-        saved = load(self.out / "checkpoint.pt", "progress", "trained", "optimizer", "growth") if args.resume else None
-        if saved:
-            load_adapter_state_dict(self.model, saved["trained"])  # grows it, so before the optimiser
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        groups = {1.0: [], args.core_lr_ratio: []}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                groups[args.core_lr_ratio if name.endswith(("lora_L", "lora_U")) else 1.0].append(p)
+        groups = [{"params": trained, "lr_ratio": ratio} for ratio, trained in groups.items() if trained]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.allocator = None if args.schedule == "none" else SIGNALS[args.score](
             self.adapters, self.optimizer, schedule=args.schedule, target_rank=args.rank, total_steps=args.steps,
             warmup=args.warmup, interval=args.interval, rank_step=args.rank_step, top_k=args.top_k)
         self.step, self.log, self.losses, self.seconds, self.growth_seconds = 0, [], [], 0.0, 0.0
-        if saved:
+        if args.resume:
+            saved = load(self.out / "checkpoint.pt", "progress", "trained", "optimizer", "growth")
+            load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
             self.optimizer.load_state_dict(saved["optimizer"])
             vars(self).update(saved["progress"])
             if self.allocator:
@@ -189,7 +192,7 @@ class Run:
                  "progress": {name: getattr(self, name) for name in ("step", "log", "losses", "seconds", "growth_seconds")}}
         save(self.out / "checkpoint.pt", state)
         save(self.out / "adapter.pt", state["trained"])
-        save(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
+        save(self.out / "log.jsonl", ((json.dumps(entry) + "\n").encode() for entry in self.log))
 
     def note(self, kind: str, **values) -> None:
         """Log where the run is, and `values`, and say so."""
@@ -202,7 +205,7 @@ class Run:
         self.model.eval()
         n = len(self.classes)
         sums = torch.zeros(2 + n * n, device=self.device)  # of the loss, of the targets, and of each (true, predicted)
-        for batch in [*batches(self.examples[split], self.args.batch_size)][PROCESS::WORLD]:
+        for batch in batches(self.examples[split], self.args.batch_size)[PROCESS::WORLD]:
             loss, logits, targets = predict(self.model, *batch, self.device)
             known = targets != NO_TARGET
             pairs = (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n)[:n * n]
@@ -222,7 +225,7 @@ class Run:
         """The loop. All chance in a step comes from (seed, step), so that a checkpoint needs no generator's state."""
         args, interrupts = self.args, []
         if not self.log:
-            save(self.out / "config.json", json.dumps(vars(args), indent=1))
+            save(self.out / "config.json", [json.dumps(vars(args), indent=1).encode()])
             self.note("start", **self.test())
         model = torch.compile(self.model) if args.compile else self.model
         handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the step under way is finished
@@ -231,7 +234,7 @@ class Run:
             began, seed = time.perf_counter(), args.seed * 1_000_003 + step  # torch's CPU generator drops all above 32 bits
             torch.manual_seed(seed * WORLD + PROCESS)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
+                group["lr"] = group["lr_ratio"] * learning_rate(step, args.steps, args.lr)
             self.model.train()
             self.optimizer.zero_grad()
             inputs, targets = training_batch(self.examples["train"], args.batch_size, args.seed, step)

@@ -127,8 +127,7 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
                  init_rank: int | None = None, alpha: float = 16, dropout: float = 0.0) -> dict[str, LoRALinear]:
     """Put an adapter around each targeted nn.Linear, freeze all else, and return {module name: adapter}.
     targets: suffixes of module names ("q", "attn.q"), or regular expressions for one ("q|v", r"blocks\\.[01]\\.fc").
-    rank: the target rank. It fixes the scale alpha / rank for good: only a constant scale makes growth exact.
-    init_rank: the rank to start from; None means `rank`. A Linear with two names gets one adapter.
+    rank: the target rank, which fixes the scale alpha / rank. init_rank: where growth starts; None means `rank`.
     Raises InputError for a target that names no Linear, a number out of range, a model that has adapters."""
     init_rank = rank if init_rank is None else init_rank
     need(1 <= init_rank <= rank, f"rank {rank}, init-rank {init_rank}: must be 1 <= init-rank <= rank")
@@ -166,13 +165,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     it shares the model's memory. The shapes are the rank pattern; no table of ranks goes with them."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
 
-def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None):
     """Load what adapter_state_dict gave into a model with the same adapters, growing them to the saved ranks.
     Raises InputError when a tensor is missing, unknown, not finite or of another shape, before any number is copied."""
     odd = sorted(adapter_state_dict(model).keys() ^ {n for n, t in state.items() if torch.is_tensor(t)}, key=str)
     need(not odd, f"{odd[:1]}: not a tensor of both file and model; use the saved run's base, method and targets")
     for name, adapter in find_adapters(model).items():
-        adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank))
+        adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank), optimizer)
     for name, p in adapter_state_dict(model).items():
         need(state[name].shape == p.shape and state[name].isfinite().all(), f"{name}: the model needs finite numbers "
              f"of shape {list(p.shape)}, the file has shape {list(state[name].shape)}")
@@ -188,9 +187,8 @@ SCHEDULES = {
 
 class RankAllocator:
     """Every `interval` steps after `warmup`, grows the k matrices of highest score by rank_step, up to the budget.
-    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go
-    to the first in module order. A score is the change of importance() since the last allocation, growth left out.
-    Raises InputError for numbers that are out of range, or can't reach the budget."""
+    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go to
+    the first in module order. Raises InputError for numbers that are out of range, or can't reach the budget."""
     def __init__(self, adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, *, schedule: str = "linear",
                  target_rank: int, total_steps: int, warmup: int, interval: int, rank_step: int = 1, top_k: int = 1):
         self.adapters, self.optimizer, self.schedule, self.top_k = adapters, optimizer, schedule, top_k
@@ -216,7 +214,7 @@ class RankAllocator:
         return dict(zip(self.adapters, torch.stack([a.importance() for a in self.adapters.values()]).tolist()))
 
     def scores(self) -> dict[str, float]:
-        """{module name: score} of the matrices that may grow. To try another signal, override this."""
+        """Of each matrix that may grow: the change of F since the last allocation. Other signals override this."""
         return {name: now - self.state["baseline"][name] for name, now in self.importances().items()}
 
     def count(self, t: int, total: int) -> int:

@@ -181,7 +181,7 @@ def main() -> None:
         text = args.results.read_text() if args.results.exists() else ""
         if settings not in [json.loads(line)["settings"] for line in text.splitlines()]:
             line = measure(settings, device)
-            save(args.results, text + json.dumps(line) + "\n")
+            save(args.results, [f"{text}{json.dumps(line)}\n".encode()])
             print(change or CENTRE, line["ratio"], flush=True)
 
 
