@@ -16,13 +16,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-
 import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
+from torch import Tensor, nn
 from triadapt import need, needing
 
 PROCESS, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -30,7 +27,6 @@ CACHE = Path("cache")
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train",) * 8 + ("val", "test")                  # document i is for SPLITS[i % 10]
 TASK_SPLITS = ("train", "val", "test", "train", "train")  # so is, in each class, source i of texts, the largest first
-EVAL_EXAMPLES = 512  # an evaluation reads no more examples of a split, so that it takes seconds
 NO_TARGET = -100  # what cross_entropy leaves out
 # Not source that a person wrote to be read: tests, generated tables, installed packages.
 NOT_CODE = re.compile(r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*")
@@ -70,8 +66,7 @@ def documents(name: str) -> Iterator[str]:
         paragraphs = [*dict.fromkeys(p.strip("\n") for topic in sorted(topics) for p in topics[topic].split("\n\n"))]
         yield from ("\n\n".join(paragraphs[i:i + 20]) for i in range(0, len(paragraphs), 20))
     else:
-        wrong = f"--data {name}: not a UTF-8 file; convert it with iconv, or see --help for what else to give"
-        with needing(wrong), open(name, encoding="utf-8") as file:
+        with needing(f"--data {name}: not a UTF-8 file; try iconv, or see --help"), open(name, encoding="utf-8") as file:
             size = min(1 << 16, os.path.getsize(name) // 60 + 1)
             yield from iter(lambda: file.read(size) + file.readline(size), "")
 
@@ -88,16 +83,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer.from_str(tokenizer.to_str())
 
 def text_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[str, Tensor], list]:
-    """({split: windows of a text (n, 2, context)}, no classes). In training they begin anywhere, else they don't overlap.
-    The tokens are memory-mapped from the cache, under a name that hashes text and tokenizer; made there at need.
-    Raises InputError when a split is not longer than one context."""
+    """({split: windows (n, 2, context)}, no classes). In training they begin anywhere, else they don't overlap. Tokens are
+    memory-mapped, from a cache named by text and tokenizer. Raises InputError if a split is not longer than a context."""
     examples, dtype = {}, np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     key = text_hash(itertools.chain([tokenizer.to_str()], documents(name)))
     for split in dict.fromkeys(SPLITS):
         path = CACHE / f"tokens-{key}-{split}.bin"
         texts = (text + END_OF_TEXT for i, text in enumerate(documents(name)) if SPLITS[i % 10] == split)
-        encoded = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-        save(path, (np.array(ids, dtype).tobytes() for ids in encoded), anew=False)
+        save(path, (np.array(tokenizer.encode(text).ids, dtype).tobytes() for text in texts), anew=False)
         size, stride = path.stat().st_size // dtype().itemsize, 1 if split == "train" else context
         need(size > context, f"--data {name}: its {split} split has {size} tokens, fewer than one context of {context} + 1")
         tokens = torch.from_numpy(np.memmap(path, dtype, "c"))
@@ -106,17 +99,15 @@ def text_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[s
     return examples, []
 
 def task_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[str, list[Tensor]], list[str]]:
-    """({split: [(2, time)]}, classes) of texts to classify.
-    A text is cut to the context and closed by an end token, where the model has read all of it: there the target is the
-    number of its class, and everywhere else NO_TARGET. Raises InputError for too few texts or classes."""
-    rows = module_rows() if name == "modules" else table_rows(name)
-    sources = {text: (label, source) for text, label, source in rows}  # each text once
+    """({split: [(2, time)]}, classes). A text is cut to the context and closed by an end token, where the model has read it:
+    there the target is the number of its class, elsewhere NO_TARGET. Raises InputError for too few texts or classes."""
+    sources = module_rows() if name == "modules" else table_rows(name)
     classes = sorted({label for label, _ in sources.values()})
     deals = {label: itertools.cycle(TASK_SPLITS) for label in classes}
     splits = {source: next(deals[source[0]]) for source, _ in Counter(sources.values()).most_common()}
     examples, end = {split: [] for split in TASK_SPLITS}, tokenizer.token_to_id(END_OF_TEXT)
     for text, source in sources.items():
-        ids = tokenizer.encode(text, add_special_tokens=False).ids[:context - 1]
+        ids = tokenizer.encode(text).ids[:context - 1]
         targets = [NO_TARGET] * len(ids) + [classes.index(source[0])]
         examples[splits[source]].append(torch.tensor([ids + [end], targets]))
     for texts in examples.values():
@@ -125,37 +116,27 @@ def task_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[s
          "classes are too few; give 2 classes or more, of 3 texts or more")
     return examples, classes
 
-def table_rows(name: str) -> Iterator[tuple[str, str, str]]:
-    """(text, label, text) of a .tsv file with a header as GLUE's: label, sentence or text, and perhaps sentence2."""
-    wrong = f"--task {name}: not a UTF-8 table with columns named label and sentence, and a tab between"
-    with needing(wrong), open(name, encoding="utf-8") as file:
+def table_rows(name: str) -> dict[str, tuple[str, str]]:
+    """{text: (label, text)} of a .tsv file with a header as GLUE's: label, sentence or text, and perhaps sentence2."""
+    with needing(f"--task {name}: not a UTF-8 table of label and sentence, with tabs"), open(name, encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         columns = sorted({"sentence", "sentence1", "text", "sentence2"} & {*reader.fieldnames})
-        for row in reader:
-            text = END_OF_TEXT.join(row[column] for column in columns)
-            yield text, row["label"].strip(), text
+        labels = {END_OF_TEXT.join(row[column] for column in columns): row["label"].strip() for row in reader}
+    return {text: (label, text) for text, label in labels.items()}
 
-def module_rows() -> Iterator[tuple[str, str, str]]:
-    """(docstring, package, file) of the 8 packages in the standard library that hold the most docstrings."""
+def module_rows() -> dict[str, tuple[str, str]]:
+    """{docstring: (package, file)} of the 8 packages in the standard library that hold the most docstrings."""
     rows = {}
     for path, text in code_files():
         for node in ast.walk(ast.parse(text)) if len(path.parts) > 1 else []:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (docstring := ast.get_docstring(node)):
                 rows[docstring] = (path.parts[0], str(path))
     largest = Counter(package for package, _ in rows.values()).most_common(8)
-    yield from ((text, *row) for text, row in rows.items() if row[0] in dict(largest))
+    return {text: row for text, row in rows.items() if row[0] in dict(largest)}
 
-def collate(examples: Sequence[Tensor], numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of some examples, each (batch, time of the longest), int64, on the CPU.
+def batch(examples: Sequence[Tensor], numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of the examples with these numbers, each (batch, time of the longest), int64, on the CPU.
     What fills the shorter ones stands behind them, where causal attention never looks, and has NO_TARGET."""
     pairs = [examples[i].long().t() for i in numbers]  # (time, 2)
-    inputs, targets = pad_sequence(pairs, batch_first=True, padding_value=NO_TARGET).unbind(-1)
+    inputs, targets = nn.utils.rnn.pad_sequence(pairs, batch_first=True, padding_value=NO_TARGET).unbind(-1)
     return inputs.clamp(min=0), targets
-
-def training_batch(examples: Sequence[Tensor], size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """The batch of a step, a function of (seed, step) alone: resuming needs no position."""
-    return collate(examples, np.random.default_rng((seed, step)).integers(len(examples), size=size))
-
-def batches(examples: Sequence[Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
-    """Held-out examples in order, EVAL_EXAMPLES at most."""
-    return [collate(examples, numbers) for numbers in torch.arange(min(len(examples), EVAL_EXAMPLES)).split(size)]

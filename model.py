@@ -7,14 +7,11 @@ adapted, grown and named: blocks.0.q, .k, .v, .o, .fc and .proj.
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-from data import load
+from data import END_OF_TEXT, load
 from triadapt import needing
 
 # Parts of published names, and ours. Some files have the names of a GPT2LMHeadModel, some of the GPT2Model in it.
@@ -22,8 +19,7 @@ RENAMED = {"transformer.": "", "h.": "blocks.", "ln_f": "ln", "ln_": "ln", "attn
 
 @dataclass
 class GPTConfig:
-    """Sizes. The defaults suit a pretraining of a minute and a half on two CPU cores: a wider model sees less text in
-    that time, and ends worse."""
+    """Sizes. The defaults suit 90 s of pretraining on two CPU cores: a wider model sees less text and ends worse."""
     vocab_size: int = 2048
     context: int = 128   # the longest input, in tokens
     layers: int = 4
@@ -44,9 +40,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (batch, time, width)
         h = self.ln1(x)
         q, k, v = (m(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, time, width / heads)
+        h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, time, width / heads)
         x = x + self.o(h.transpose(1, 2).flatten(-2))
-        return x + self.proj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+        return x + self.proj(nn.functional.gelu(self.fc(self.ln2(x)), approximate="tanh"))
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). forward: token numbers (batch, time) -> logits (batch, time, vocab_size or classes)."""
@@ -75,15 +71,13 @@ class GPT(nn.Module):
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)                   # (batch, time, width)
-        head = self.wte.weight if self.head is None else self.head
-        return F.linear(self.ln(x), head)  # (batch, time, vocab_size or classes)
+        return nn.functional.linear(self.ln(x), self.wte.weight if self.head is None else self.head)
 
 @torch.no_grad()
-def generate(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float = 0.8, top_k: int = 50, seed: int = 0,
-             length: int = 60) -> str:
+def generate(model: GPT, tokenizer: Tokenizer, prompt: str, temperature=0.8, top_k=50, seed=0, length=60) -> str:
     """The prompt, and how the model goes on from it: `length` tokens, each drawn from the top_k likeliest."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that one seed gives one text on every device
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.wte.weight.device)  # (1, time)
+    ids = torch.tensor([tokenizer.encode(prompt or END_OF_TEXT).ids], device=model.wte.weight.device)  # (1, time)
     for _ in range(length):
         logits = model(ids[:, -model.config.context:])[:, -1].float() / temperature     # (1, vocab_size)
         best, tokens = logits.topk(min(top_k, logits.shape[-1]))
@@ -92,9 +86,8 @@ def generate(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float =
     return tokenizer.decode(ids[0].tolist())
 
 def load_gpt2(name: str) -> dict:
-    """Published GPT-2 weights as the content of a base file: {"config", "tokenizer", "model"}.
-    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, to be downloaded once; or a folder that holds the same files.
-    Raises InputError without a network, and for a folder that lacks a file."""
+    """Published GPT-2 weights as the content of a base file: {"config", "tokenizer", "model"}. name: gpt2[-medium, -large,
+    -xl], to be downloaded once, or a folder with these files. Raises InputError without a network, or if a file lacks."""
     files = ["config.json", "tokenizer.json", "pytorch_model.bin"]
     with needing(f"--base {name}: not to be had; give a folder that holds GPT-2's {', '.join(files)}"):
         folder = Path(name if Path(name).is_dir() else snapshot_download(f"openai-community/{name}", allow_patterns=files))

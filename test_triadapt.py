@@ -625,15 +625,13 @@ def drawing(home, monkeypatch):
 TINY = ["--base", "base.pt", "--data", "text.txt", "--device", "cpu", "--steps", "30", "--batch-size", "4", "--out", "out"]
 
 
-def test_batches_depend_on_seed_and_step_and_evaluation_reads_each_token_once(home):
+def test_windows_share_the_files_memory_and_evaluation_reads_each_token_once(home):
     tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
     examples, _ = data.text_examples("text.txt", tokenizer, 16)
-    x, y = data.training_batch(examples["train"], 4, 0, 7)
+    x, y = data.batch(examples["train"], [0, 5, 17, 2])
     assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    again, other, later = (data.training_batch(examples["train"], 4, *at)[0] for at in ((0, 7), (1, 7), (0, 8)))
-    assert torch.equal(x, again) and not torch.equal(x, other) and not torch.equal(x, later)
     tokens = {split: np.fromfile(next(Path("cache").glob(f"*-{split}.bin")), np.uint16) for split in examples}
-    seen = torch.cat([y.flatten() for _, y in data.batches(examples["val"], 4)])
+    seen = data.batch(examples["val"], range(len(examples["val"])))[1].flatten()
     assert torch.equal(seen, torch.from_numpy(tokens["val"][1:len(seen) + 1].astype(np.int64)))
     assert len(tokens["val"]) - len(seen) <= 16 and len(examples["train"]) == len(tokens["train"]) - 16
     assert examples["train"].untyped_storage().nbytes() == 2 * len(tokens["train"])  # the windows share the file's memory
@@ -672,10 +670,10 @@ def test_a_table_becomes_examples_whose_one_target_is_the_class_at_the_end(home,
 
 
 def test_modules_are_eight_packages_and_no_file_is_in_two_splits(home, monkeypatch):
-    rows = list(data.module_rows())
-    assert len({label for _, label, _ in rows}) == 8 and len({text for text, _, _ in rows}) == len(rows) > 1000
-    file_of = {text: source for text, _, source in rows}
-    assert all(source.startswith(label + os.sep) for _, label, source in rows)
+    rows = data.module_rows()
+    assert len({label for label, _ in rows.values()}) == 8 and len(rows) > 1000
+    file_of = {text: source for text, (_, source) in rows.items()}
+    assert all(source.startswith(label + os.sep) for label, source in rows.values())
     tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
     tokens = {tuple(tokenizer.encode(text).ids[:63]): source for text, source in file_of.items()}
     monkeypatch.setattr(data, "module_rows", lambda: rows)
@@ -698,7 +696,7 @@ def test_padding_does_not_leak(home, device):
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     numbers = range(8)
-    inputs, targets = data.collate(examples["val"], numbers)
+    inputs, targets = data.batch(examples["val"], numbers)
     assert len({len(examples["val"][i][0]) for i in numbers}) > 2
     known = targets != data.NO_TARGET
     together = model(inputs.to(device))[known.to(device)]
@@ -833,6 +831,18 @@ def test_the_orthogonality_penalty_is_part_of_the_loss_and_logged_beside_it(home
     assert all(entry["train_loss"] < 6 < 9 * entry["penalty"] for entry in evals)  # the task's loss, without the penalty
 
 
+def test_the_core_learns_at_its_own_rate_before_and_after_growth(home):
+    still, slow = (train.main([*TINY, "--rank", "4", "--core-lr-ratio", ratio, "--out", ratio]) for ratio in ("0", "0.1"))
+    for adapter in still.adapters.values():
+        assert torch.equal(adapter.core(), torch.eye(adapter.rank)) and adapter.lora_B.abs().sum() > 0
+    rate_of = {p: group["lr"] for group in slow.optimizer.param_groups for p in group["params"]}
+    peak = train.learning_rate(30, 30, 1e-2)
+    for adapter in slow.adapters.values():
+        assert not torch.equal(adapter.core(), torch.eye(adapter.rank))
+        rates = [rate_of[getattr(adapter, name)] for name in ("lora_A", "lora_B", "lora_L", "lora_U")]
+        assert rates == pytest.approx([peak, peak, peak / 10, peak / 10])
+
+
 def test_a_task_is_learned_told_drawn_resumed_and_not_asked_for_text(home, drawing, monkeypatch, capsys):
     write_table("task.tsv")
     arguments = [*TINY, "--task", "task.tsv", "--steps", "60", "--batch-size", "16", "--rank", "4", "--lr", "0.03"]
@@ -954,14 +964,14 @@ def assert_same_bits(a, b) -> None:
 
 def interrupt_at(step: int, monkeypatch) -> None:
     """Ctrl-C while `step` is under way."""
-    batch = train.training_batch
+    rate = train.learning_rate
 
-    def interrupted(examples, size, seed, t):
+    def interrupted(t, *more):
         if t == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return batch(examples, size, seed, t)
+        return rate(t, *more)
 
-    monkeypatch.setattr(train, "training_batch", interrupted)
+    monkeypatch.setattr(train, "learning_rate", interrupted)
 
 
 def test_the_signals_of_the_comparison_resume_to_the_same_bits(home, monkeypatch):
@@ -1019,11 +1029,14 @@ def test_the_first_process_alone_writes_and_a_cache_is_written_once(home, monkey
 
 
 def test_no_two_steps_of_any_two_seeds_draw_the_same_numbers(home, monkeypatch):
-    drawn, batch = [], train.training_batch
-    monkeypatch.setattr(train, "training_batch", lambda *given: (drawn.append(torch.rand(3).tolist()), batch(*given))[1])
-    for seed in ("0", "1", "2"):
-        train.main([*TINY, "--seed", seed, "--out", seed, "--steps", "10"])
-    assert len({tuple(numbers) for numbers in drawn}) == len(drawn) == 30
+    drawn, batches, zero_grad, batch = [], [], torch.optim.AdamW.zero_grad, train.batch
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self: (drawn.append(tuple(torch.rand(3).tolist())), zero_grad(self)))
+    monkeypatch.setattr(train, "batch", lambda examples, numbers: (batches.append(tuple(numbers)), batch(examples, numbers))[1])
+    for seed in ("0", "1", "2", "2"):
+        train.main([*TINY, "--seed", seed, "--out", seed, "--steps", "10", "--eval-interval", "10"])
+    assert len({*drawn[:30]}) == 30 and drawn[20:30] == drawn[30:]
+    trained = [numbers for numbers in batches if type(numbers[0]) is np.int64]
+    assert len({*trained[:30]}) == 30 and trained[20:30] == trained[30:]
 
 
 def spoil(path: str, content: bytes) -> str:
@@ -1072,7 +1085,6 @@ def spoil(path: str, content: bytes) -> str:
     (["--base", "words.pt"], "words.pt: its tokenizer or its sizes are damaged"),
     (["--base", "narrow.pt"], r"wpe.weight: .*\[16, 16\].*\[8, 16\]"),
     (["--resume", "nowhere"], "nowhere/checkpoint.pt: missing, damaged"),
-    (["--resume", "nowhere", "--steps", "99"], "--resume nowhere: .* leave out steps"),
 ])
 def test_bad_input_gets_one_clear_line(home, arguments, said):
     spoil("empty.txt", b""), spoil("latin.txt", "naïve ".encode("latin-1") * 500), spoil("short.txt", b"too short a text\n" * 3)
@@ -1100,6 +1112,8 @@ def test_a_checkpoint_that_does_not_fit_or_is_cut_short_is_refused(home):
     data.save(Path("out/checkpoint.pt"), content)
     with pytest.raises(InputError, match=r"blocks.0.q.lora_B: .*\[16, \d\].*\[9, 2\]"):
         train.main(["--resume", "out"])
+    with pytest.raises(InputError, match="--resume out: .* leave out steps, lr|--resume out: .* leave out lr, steps"):
+        train.main(["--resume", "out", "--steps", "99", "--lr", "0.1", "--rank", "2"])
 
 
 def test_a_write_that_fails_leaves_the_old_file(home, monkeypatch):
@@ -1316,7 +1330,7 @@ def test_adalora_is_pefts_and_counts_no_masked_rank(home, monkeypatch):
         kept = {name: int((module.lora_E["default"] != 0).sum()) for name, module in run.model.named_modules()
                 if hasattr(module, "lora_E")}
         assert kept == line["ranks"]
-    assert run.model.head.weight.abs().sum() > 0
+    assert run.model.head.abs().sum() > 0
     # The gradient that the hooks add is that of the term which peft's forward adds to a loss.
     zero = torch.zeros((), requires_grad=True)
     monkeypatch.setattr(type(run.model), "forward", lambda self, *_: type("Output", (), {"loss": zero + 0})())
@@ -1437,14 +1451,15 @@ def test_the_low_data_runs_use_so_many_tokens_and_take_what_the_comparison_knows
     known = {"task": "prose", "row": "LoRA", "rate": 5e-3, "seed": 0, "val": {"loss": 3.0}, "test": {"loss": 3.5}}
     known = [known | {"rate": rate} for rate in compare.RATES["prose"]]
     Path("known.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in known))
-    sizes, batch = [], train.training_batch
-    monkeypatch.setattr(train, "training_batch", lambda windows, *more: (sizes.append(len(windows)), batch(windows, *more))[1])
+    Path("text.txt").write_text(Path("text.txt").read_text() * 3)  # longer than 5000 tokens
+    sizes, run = [], train.Run.train
+    monkeypatch.setattr(train.Run, "train", lambda self: (sizes.append(len(self.examples["train"])), run(self))[1])
     monkeypatch.setattr(sys, "argv", ["", "--sizes", "5000", "99062", "--seeds", "1", "--known", "known.jsonl", "--results", "cells.jsonl",
                                       *TINY[:-4], "--steps", "6", "--rank", "1", "--eval-interval", "6"])
     low_data.main()
     cells = [json.loads(line) for line in Path("cells.jsonl").read_text().splitlines()]
     assert [cell["tokens"] for cell in cells] == [5000] + [99062] * len(known) and cells[1]["test"] == {"loss": 3.5}
-    assert len(sizes) == 6 and max(sizes) <= 5000 - 16
+    assert sizes == [5000 - 16]
 
 
 def test_the_ablations_change_one_thing_and_two_released_recipes_never_train(home, monkeypatch, capsys):
@@ -1466,6 +1481,5 @@ def test_the_ablations_change_one_thing_and_two_released_recipes_never_train(hom
 
 
 def test_the_core_stays_small():
-    """The goal is 300 a file and 800 together; today it is missed, and must not be missed by more."""
     lines = {name: len((HERE / name).read_text().splitlines()) for name in ("triadapt.py", "model.py", "data.py", "train.py")}
-    assert max(lines.values()) <= 300 and sum(lines.values()) <= 847, lines
+    assert max(lines.values()) < 300 and sum(lines.values()) < 800, lines

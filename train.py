@@ -4,25 +4,21 @@
     python train.py --base gpt2 --task reviews.tsv         # published weights, texts to classify
     python train.py --resume runs/triadapt-linear          # goes on after Ctrl-C, to the same bits; also to --generate
     torchrun --standalone --nproc_per_node=2 train.py      # several processes share each batch
-    # the results: runs/NAME/ config.json, log.jsonl, adapter.pt, checkpoint.pt and run.png
 """
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
 from pathlib import Path
-
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
-
-from data import (CACHE, END_OF_TEXT, NO_TARGET, PROCESS, WORLD, batches, documents, load, save, task_examples,
-                  text_examples, text_hash, train_tokenizer, training_batch)
+from data import (CACHE, NO_TARGET, PROCESS, WORLD, batch, documents, load, save, task_examples, text_examples,
+                  text_hash, train_tokenizer)
 from model import GPT, GPTConfig, generate, load_gpt2
 from plots.run import draw_run, log_entry, tell
 from plots.signals import SIGNALS
@@ -84,11 +80,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     need([] not in vars(args).values(), "an option is given as --name=--; give it a value")
     if args.resume:
-        given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-        fixed = given.keys() - {"resume", "merge", "generate", "temperature", "sample_top_k", "sample_seed"}
+        settings = load(Path(args.resume, "checkpoint.pt"), "settings")["settings"] | {"out": args.resume}
+        args = parser.parse_args(argv, argparse.Namespace(**settings))
+        fixed = {name for name in settings if vars(args)[name] != settings[name]} - {
+            "resume", "merge", "generate", "temperature", "sample_top_k", "sample_seed"}
         need(not fixed, f"--resume {args.resume}: the run keeps its own settings; leave out {', '.join(sorted(fixed))}")
-        settings = load(Path(args.resume, "checkpoint.pt"), "settings")["settings"]
-        args = argparse.Namespace(**settings | given | {"out": args.resume})
     need(not args.task or args.generate is None, "--generate: a model that tells classes apart writes no text; leave it out")
     grows = hasattr(METHODS.get(args.method), "importance")
     args.schedule = args.schedule or ("linear" if grows else "none")
@@ -97,16 +93,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     lowest = {"batch_size": args.accumulate * WORLD, "temperature": 0.01, "seed": 0, "sample_seed": 0, "warmup": 0}
     for name, value in vars(args).items():
         value = vars(args)[name] = value(args) if callable(value) else value
-        low = lowest.get(name, 0 if type(value) is float else 1)
-        need(type(value) not in (int, float) or low <= value < 2 ** 31,
-             f"--{name.replace('_', '-')} {value}: must be from {low} to below 2^31")
+        low, flag = lowest.get(name, 0 if type(value) is float else 1), name.replace("_", "-")
+        need(type(value) not in (int, float) or low <= value < 2**31, f"--{flag} {value}: must be from {low} to below 2^31")
     return args
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, else this process's accelerator, else the CPU. No other line chooses one."""
     with needing(f"--device {name}: not to be had here; try cpu"):
         if WORLD > 1 and torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            torch.accelerator.set_device_index(PROCESS % torch.accelerator.device_count())
         return torch.empty(1, device=name or torch.accelerator.current_accelerator(check_available=True) or "cpu").device
 
 def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Tokenizer]:
@@ -116,13 +111,12 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Toke
         torch.manual_seed(0)
         return GPT(GPTConfig()).to(device), train_tokenizer(documents(args.data), GPTConfig().vocab_size)
     if args.base == "code":
-        recipe = ["--base", "scratch", "--data", "code", "--method", "full", "--lr", "2e-3", "--device", str(device),
-                  "--steps", str(args.base_steps), "--eval-interval", str(args.base_steps)]
+        recipe = f"--base scratch --data code --method full --device {device} --steps {args.base_steps} --eval-interval 9999"
         source = Path(sys.modules[GPT.__module__].__file__).read_text()
-        path = CACHE / f"base-{text_hash([*documents('code'), source, *recipe, torch.__version__])}.pt"
+        path = CACHE / f"base-{text_hash([*documents('code'), source, recipe, torch.__version__])}.pt"
         if not path.exists():
             say("no base model is cached yet: it is pretrained on code first")
-            main([*recipe, "--out", str(path.with_suffix("")), "--merge", str(path)])
+            main([*recipe.split(), "--out", str(path.with_suffix("")), "--merge", str(path)])
     base = load(path, "config", "tokenizer", "model") if path.suffix == ".pt" else load_gpt2(args.base)
     with needing(f"--base {path}: its tokenizer or its sizes are damaged"):
         tokenizer, model = Tokenizer.from_str(base["tokenizer"]), GPT(GPTConfig(**base["config"]))
@@ -150,9 +144,9 @@ def orthogonality(adapters: dict) -> Tensor:
 def sum_processes(tensors: list[Tensor]) -> None:
     """Sum each tensor over the processes, in place, all in one flat message."""
     if WORLD > 1:
-        flat = parameters_to_vector(tensors)
+        flat = nn.utils.parameters_to_vector(tensors)
         torch.distributed.all_reduce(flat)
-        vector_to_parameters(flat, tensors)
+        nn.utils.vector_to_parameters(flat, tensors)
 
 class Run:
     """One training run: its parts, how far it has come, and the log of it."""
@@ -160,19 +154,17 @@ class Run:
         self.args, self.out, self.device = args, Path(args.out), pick_device(args.device)
         self.model, self.tokenizer = load_base(args, self.device)
         context = args.context or self.model.config.context
-        need(context <= self.model.config.context, f"--context {context}: the base reads no more than "
-             f"{self.model.config.context} tokens")
-        read = task_examples if args.task else text_examples
-        self.examples, self.classes = read(args.task or args.data, self.tokenizer, context)
+        need(context <= self.model.config.context, f"--context {context}: at most {self.model.config.context} for this base")
+        examples = task_examples if args.task else text_examples
+        self.examples, self.classes = examples(args.task or args.data, self.tokenizer, context)
         torch.manual_seed(args.seed)
         self.adapters = {} if args.method == "full" else add_adapters(
             self.model, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout)
         self.model.classify(len(self.classes))
-        groups = {1.0: [], args.core_lr_ratio: []}
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                groups[args.core_lr_ratio if name.endswith(("lora_L", "lora_U")) else 1.0].append(p)
-        groups = [{"params": trained, "lr_ratio": ratio} for ratio, trained in groups.items() if trained]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        core = {p for name, p in self.model.named_parameters() if name.endswith(("lora_L", "lora_U"))}
+        groups = [{"params": [p for p in trained if p not in core], "lr_ratio": 1.0},
+                  {"params": [p for p in trained if p in core], "lr_ratio": args.core_lr_ratio}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.allocator = None if args.schedule == "none" else SIGNALS[args.score](
             self.adapters, self.optimizer, schedule=args.schedule, target_rank=args.rank, total_steps=args.steps,
@@ -201,12 +193,12 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """{split}_loss in nats per target; for a task also {split}_accuracy and {split}_f1, the mean over the classes."""
+        """Of 512 examples at most, {split}_loss in nats per target; for a task also {split}_accuracy and macro {split}_f1."""
         self.model.eval()
         n = len(self.classes)
         sums = torch.zeros(2 + n * n, device=self.device)  # of the loss, of the targets, and of each (true, predicted)
-        for batch in batches(self.examples[split], self.args.batch_size)[PROCESS::WORLD]:
-            loss, logits, targets = predict(self.model, *batch, self.device)
+        for numbers in torch.arange(len(self.examples[split]))[:512].split(self.args.batch_size)[PROCESS::WORLD]:
+            loss, logits, targets = predict(self.model, *batch(self.examples[split], numbers), self.device)
             known = targets != NO_TARGET
             pairs = (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n)[:n * n]
             sums += torch.cat((torch.stack((loss, known.sum())), pairs))
@@ -229,28 +221,26 @@ class Run:
             self.note("start", **self.test())
         model = torch.compile(self.model) if args.compile else self.model
         handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the step under way is finished
-        for step in tqdm(range(self.step + 1, args.steps + 1), initial=self.step, total=args.steps,
-                         disable=True if PROCESS else None):
+        for step in tqdm(range(self.step + 1, args.steps + 1), disable=PROCESS > 0 or None):
             began, seed = time.perf_counter(), args.seed * 1_000_003 + step  # torch's CPU generator drops all above 32 bits
             torch.manual_seed(seed * WORLD + PROCESS)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["lr_ratio"] * learning_rate(step, args.steps, args.lr)
             self.model.train()
             self.optimizer.zero_grad()
-            inputs, targets = training_batch(self.examples["train"], args.batch_size, args.seed, step)
+            numbers = np.random.default_rng((args.seed, step)).integers(len(self.examples["train"]), size=args.batch_size)
+            inputs, targets = batch(self.examples["train"], numbers)
             count, pieces = (targets != NO_TARGET).sum().item(), args.accumulate * WORLD
-            loss, penalty = torch.zeros(2, device=self.device).unbind()
+            loss, penalty, stop = torch.tensor([0.0, 0.0, len(interrupts)], device=self.device).unbind()
             for i in range(PROCESS, pieces, WORLD):
                 part = predict(model, inputs[i::pieces], targets[i::pieces], self.device)[0] / count
                 penalty = orthogonality(self.adapters) if args.orth else penalty
                 (part + args.orth / pieces * penalty).backward()
                 loss += part.detach()
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            stop = torch.tensor(float(len(interrupts)), device=self.device)
             sum_processes([p.grad for p in trained] + [loss, stop])
-            need(math.isfinite(loss.item()), f"--lr {args.lr}: the loss is not finite at step {step}, try a lower rate; "
-                 f"{self.out}/checkpoint.pt holds the last evaluation")
-            clip_grad_norm_(trained, 1.0)
+            need(loss.isfinite(), f"--lr {args.lr}: the loss is not finite at step {step}; lower it ({self.out} has a checkpoint)")
+            nn.utils.clip_grad_norm_(trained, 1.0)
             self.optimizer.step()
             updated = time.perf_counter()
             torch.manual_seed(seed)  # the same new rows in every process
@@ -278,21 +268,19 @@ class Run:
                 say(f"look at {draw_run(self.out)}; beside it: config.json log.jsonl adapter.pt checkpoint.pt")
 
 def main(argv: list[str] | None = None) -> Run:
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()
     args = parse_args(argv)
     run = Run(args)
     run.train()
     if args.generate is not None:
-        prompt = args.generate or END_OF_TEXT
-        say(generate(run.model, run.tokenizer, prompt, args.temperature, args.sample_top_k, args.sample_seed))
+        say(generate(run.model, run.tokenizer, args.generate, args.temperature, args.sample_top_k, args.sample_seed))
     if args.merge:
         model = merge_adapters(run.model)
-        weights = {"config": vars(model.config), "tokenizer": run.tokenizer.to_str(), "model": model.state_dict()}
-        save(Path(args.merge), weights)
+        save(Path(args.merge), dict(config=vars(model.config), tokenizer=run.tokenizer.to_str(), model=model.state_dict()))
     return run
 
 if __name__ == "__main__":
-    if WORLD > 1:
-        torch.distributed.init_process_group()
     try:
         main()
     except InputError as error:

@@ -19,10 +19,8 @@ import contextlib
 import copy
 import math
 import re
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 class InputError(ValueError):
     """What the user gave can't be used: one line that names it and the remedy."""
@@ -46,7 +44,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
-        self.base, self.scale, self.dropout, self.rank = base.requires_grad_(False), scale, dropout, 0
+        self.base, self.scale, self.dropout, self.rank = base.requires_grad_(False), scale, nn.Dropout(dropout), 0
         self.bias = base.bias  # as `weight`, for code that reads it
         self.grow(rank)  # the first ranks come as all later ones do
 
@@ -74,8 +72,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # (n, d_in)
         y = self.base(x)                                     # (n, d_out)
-        x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.lora_A.to(x.dtype))             # (n, r)
+        h = self.dropout(x) @ self.lora_A.t().to(x.dtype)    # (n, r)
         # In place, as y is ours alone: one more (n, d_out) tensor would cost more than the low-rank product.
         y.addmm_(h.to(y.dtype), self.up().to(y.dtype), alpha=self.scale)
         return y.view(*shape, y.shape[-1])
@@ -133,8 +130,7 @@ def add_adapters(model: nn.Module, targets: str | list[str], method: str = "tria
     need(1 <= init_rank <= rank, f"rank {rank}, init-rank {init_rank}: must be 1 <= init-rank <= rank")
     need(0 <= dropout < 1, f"dropout {dropout}: must be from 0 to below 1")
     need(not find_adapters(model), "the model has adapters already; merge_adapters makes them part of it")
-    linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
-               if isinstance(module, nn.Linear) and name}
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear) and name}
     known, chosen = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)), set()
     for target in [targets] if isinstance(targets, str) else targets:
         with needing(f"targets {target}: not a regular expression"):
@@ -161,8 +157,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     return model
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All that is trained: the adapters' tensors, and what the user unfroze, such as a head. Like nn.Module.state_dict,
-    it shares the model's memory. The shapes are the rank pattern; no table of ranks goes with them."""
+    """All that is trained, in the model's own memory: adapters, and what else is unfrozen. Shapes are the rank pattern."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
 
 def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None):

@@ -22,7 +22,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
-from data import collate  # noqa: E402
+from data import batch  # noqa: E402
 from plots.compare import COMMON  # noqa: E402
 from plots.signals import SIGNALS  # noqa: E402
 from triadapt import METHODS, RankAllocator, TriAdaptLinear, pace_young  # noqa: E402
@@ -188,7 +188,7 @@ class Jumping(train.Run):
     def watch(self, t: int) -> list[str]:
         if self.jump is not None or not self.allocator.count(t, self.allocator.total_rank):
             return self.grow(t)
-        inputs, _ = collate(self.examples["val"], range(4))
+        inputs, _ = batch(self.examples["val"], range(4))
         with torch.no_grad(), torch.random.fork_rng():
             before = self.model.eval()(inputs.to(self.device))
         grown = self.grow(t)

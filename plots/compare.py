@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 import train  # noqa: E402
-from data import batches, text_examples  # noqa: E402
+from data import batch, text_examples  # noqa: E402
 from plots import adalora, signals  # noqa: E402
 
 TASKS = {"prose": [], "prose, 20 000 tokens": [],
@@ -74,7 +74,8 @@ def code_loss(run: train.Run) -> float:
     head, run.model.head = run.model.head, None  # of a classifier
     context = run.model.config.context
     chosen = code_windows(run.tokenizer.to_str(), context)
-    total = sum(train.predict(run.model, *batch, run.device)[0].item() for batch in batches(chosen, 8))
+    total = sum(train.predict(run.model, *batch(chosen, part), run.device)[0].item()
+                for part in torch.arange(len(chosen)).split(8))
     run.model.head = head
     return total / (len(chosen) * context)
 
@@ -136,7 +137,7 @@ def main() -> None:
         print(f"{adalora.ROW} is left out: peft is not installed", flush=True)
         args.rows.remove(adalora.ROW)
     if "modules" in args.tasks:
-        rows = [*data.module_rows()]
+        rows = data.module_rows()
         data.module_rows = lambda: rows  # parsed once for all runs
     pairs = [(task, row) for task in args.tasks for row in args.rows][args.share[0]::args.share[1]]
     for seed in range(args.seeds):

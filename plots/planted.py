@@ -14,7 +14,6 @@ they would differ by four orders of magnitude, and those in q and k of the later
 """
 import argparse
 import copy
-import itertools
 import json
 import sys
 import time
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
-from data import batches, text_examples, training_batch  # noqa: E402
+from data import batch, text_examples  # noqa: E402
 from plots.signals import Random, Sensitivity, Uniform, Worth  # noqa: E402
 from triadapt import RankAllocator, add_adapters  # noqa: E402
 
@@ -116,7 +115,12 @@ def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
     """One student, from its teacher to its measures."""
     began, steps, student = time.process_time(), config["steps"], copy.deepcopy(base)
     size = config["batch_size"]
-    sample = torch.cat([training_batch(examples["train"], size, 1_000_000 + seed, step)[0] for step in range(4)])
+
+    def draw(seed: int, step: int) -> torch.Tensor:
+        numbers = np.random.default_rng((seed, step)).integers(len(examples["train"]), size=size)
+        return batch(examples["train"], numbers)[0]
+
+    sample = torch.cat([draw(1_000_000 + seed, step) for step in range(4)])
     teacher, planted = plant(base, config["targets"], sample, seed, config["effect"])
     torch.manual_seed(seed)
     adapters = add_adapters(student, config["targets"], rank=TARGET_RANK, init_rank=1, alpha=2 * TARGET_RANK)
@@ -128,13 +132,13 @@ def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
 
     @torch.no_grad()
     def validate() -> float:
-        chosen = itertools.islice(batches(examples["val"], size), 32)
-        return float(np.mean([divergence(student, teacher, ids).item() for ids, _ in chosen]))
+        chosen = (batch(examples["val"], part)[0] for part in torch.arange(len(examples["val"])).split(size)[:32])
+        return float(np.mean([divergence(student, teacher, ids).item() for ids in chosen]))
 
     before = validate()
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = train.learning_rate(step, steps, config["lr"])
-        loss = divergence(student, teacher, training_batch(examples["train"], size, seed, step)[0])
+        loss = divergence(student, teacher, draw(seed, step))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
