@@ -168,6 +168,9 @@ ROWS["initial rank 8, no growth"] = ["--schedule", "none"]
 ROWS |= {f"rank step {step}": ["--rank-step", str(step)] for step in (2, 4)}
 ROWS |= {f"interval {interval}": ["--interval", str(interval)] for interval in (3, 10)}
 ROWS |= {f"warm-up {share} %": ["--warmup", str(3 * share)] for share in (10, 30)}  # of 300 steps
+ROWS |= {f"core at {ratio} of the learning rate": ["--core-lr-ratio", ratio] for ratio in ("0.3", "0.1", "0.03", "0")}
+ROWS |= {f"worth, equal numbers, core at {ratio}": ["--score", "worth, equal numbers", "--core-lr-ratio", ratio]
+         for ratio in ("1", "0.3", "0.1", "0.03", "0")}
 ROWS |= {"scale alpha / current rank": ["--method", "current-scale"], "random core": ["--method", "random-core"],
          "baseline before growth": ["--score", "baseline-before"], "new moments not paced": ["--score", "unpaced"],
          "moments of a grown matrix reset": ["--score", "forgetful"], "new entries at half rate": ["--score", "half-rate"],

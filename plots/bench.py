@@ -5,8 +5,8 @@
 
 A step is forward, cross-entropy, backward and AdamW, with adapters on all six matrices of each block. `limit` is the
 base alone, frozen, with the gradients that every such adapter needs flowing through its activations: no adapter costs
-less. `grown` came from half its rank in up to four growths. `by hand` has a backward of its own, which the core does
-without. peft's AdaLoRA has its orthogonality penalty, but does not allocate. All variants take turns, a step each. A
+less. `grown` came from half its rank in up to four growths. The two `by hand` have a backward of their own, which the
+core does without: one like the core's forward, one that adds the update to the weight, as large as that is. peft's AdaLoRA has its orthogonality penalty, but does not allocate. All variants take turns, a step each. A
 finished configuration is a line of plots/bench.jsonl:
 
     ratio, quartiles     to the limit's step of the same round: median, first and third quartile
@@ -40,7 +40,8 @@ AXES = {"width": [{"width": width, "heads": width // 64} for width in (128, 256,
         "rank": [{"rank": rank} for rank in (2, 16, 64)], "batch": [{"batch": batch} for batch in (1, 16)],
         "task": [{"layers": 4, "width": 128, "heads": 4, "context": 128, "batch": 8}]}
 QUICK = {"layers": 1, "width": 64, "heads": 1, "context": 32, "batch": 2, "rank": 4}
-VARIANTS = ["limit", "full", "LoRA", "TriAdaptLoRA", "TriAdaptLoRA, grown", "TriAdaptLoRA, by hand"]
+VARIANTS = ["limit", "full", "LoRA", "TriAdaptLoRA", "TriAdaptLoRA, grown", "TriAdaptLoRA, by hand",
+            "TriAdaptLoRA, dense by hand"]
 VARIANTS += ["peft LoRA", "peft AdaLoRA"] if importlib.util.find_spec("peft") else []
 
 
@@ -63,9 +64,10 @@ class Product(torch.autograd.Function):
 
 class ByHand(TriAdaptLinear):
     """TriAdaptLinear without dropout, through Product."""
+    PRODUCT = Product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = Product.apply(x.flatten(0, -2), self.base.weight, self.base.bias, self.lora_A, self.up(), self.scale)
+        y = self.PRODUCT.apply(x.flatten(0, -2), self.base.weight, self.base.bias, self.lora_A, self.up(), self.scale)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -76,7 +78,28 @@ class GPTWithLoss(GPT):
         return argparse.Namespace(loss=predict(super().forward, *batch, batch[0].device)[0] / batch[1].numel())
 
 
-METHODS["by hand"] = ByHand
+class DenseProduct(torch.autograd.Function):
+    """y = (W + s up^T A) x + b. The sum is made anew in forward and backward and never kept: one large product in each."""
+
+    @staticmethod
+    def forward(context, x, weight, bias, A, up, scale):
+        context.save_for_backward(x, weight, A, up)
+        context.scale = scale
+        return torch.addmm(bias, x, torch.addmm(weight, up.t(), A, alpha=scale).t())
+
+    @staticmethod
+    def backward(context, grad):
+        x, weight, A, up = context.saved_tensors
+        grad_h, h = context.scale * (grad @ up.t()), x @ A.t()
+        grad_x = grad @ torch.addmm(weight, up.t(), A, alpha=context.scale)
+        return grad_x, None, None, grad_h.t() @ x, context.scale * (h.t() @ grad), None
+
+
+class DenseByHand(ByHand):
+    PRODUCT = DenseProduct
+
+
+METHODS |= {"by hand": ByHand, "dense by hand": DenseByHand}
 
 
 class Variant:
@@ -91,8 +114,8 @@ class Variant:
         elif name == "LoRA":
             add_adapters(gpt, MATRICES, "lora", rank)
         elif name.startswith("TriAdaptLoRA"):
-            method, init_rank = "by hand" if "by hand" in name else "triadapt", (rank + 1) // 2 if "grown" in name else rank
-            adapters = add_adapters(gpt, MATRICES, method, rank, init_rank)
+            method = name.partition(", ")[2] if "by hand" in name else "triadapt"
+            adapters = add_adapters(gpt, MATRICES, method, rank, (rank + 1) // 2 if "grown" in name else rank)
         elif name.startswith("peft"):
             from peft import AdaLoraConfig, LoraConfig, get_peft_model
             config = (LoraConfig(r=rank, target_modules=MATRICES) if name == "peft LoRA" else

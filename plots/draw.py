@@ -1,6 +1,6 @@
 """Draw README's figures from the committed results. No number in them is typed: what a title says is computed, too.
 
-    python plots/draw.py                       # every figure; one whose results are missing is skipped
+    python plots/draw.py                       # every figure, and the tables; one whose results are missing is skipped
     python plots/draw.py compare ranks         # some
 
 A figure is a function from the lines of its results file to a matplotlib figure, and an entry in FIGURES.
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from model import GPT, GPTConfig  # noqa: E402
 from plots.bench import CENTRE  # noqa: E402
-from plots.readme import bootstrap, chosen_cells  # noqa: E402
+from plots.readme import bootstrap, chosen_cells, write_pages  # noqa: E402
 from plots.run import planned_growth, split_name  # noqa: E402
 from train import parse_args  # noqa: E402
 from triadapt import SCHEDULES, RankAllocator, TriAdaptLinear, add_adapters  # noqa: E402
@@ -417,3 +417,5 @@ if __name__ == "__main__":
         sys.exit(f"no figure is called {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
     for figure_name in sys.argv[1:] or FIGURES:
         draw(figure_name)
+    if not sys.argv[1:]:
+        write_pages()

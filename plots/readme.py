@@ -1,6 +1,6 @@
-"""Write README.md's tables of results, between their marker lines, from the files in plots/.
+"""Write the tables of README.md and plots/RESULTS.md, between their marker lines, from the files in plots/.
 
-    python plots/readme.py            # rewrites the tables
+    python plots/readme.py            # rewrites the tables; so does plots/draw.py, after all figures
 """
 import json
 import random
@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PAGES = HERE.parent / "README.md", HERE / "RESULTS.md"
 
 
 def defaults_table(lines: list[str]) -> str:
@@ -81,6 +82,42 @@ def compare_table(lines: list[str]) -> str:
                         f"{statistics.mean(cell['forgetting'] for cell in runs.values()):.2f} | "
                         f"{median['seconds']:.0f}, {median['growth_seconds']:.1f} | {median['file_bytes'] / 1000:.0f} |")
         text.append("")
+    return "\n".join(text)
+
+
+SUMMARY = {  # what comparable rows share, and their names in plots/compare.jsonl
+    "references": ["LoRA", "full fine-tuning", "AdaLoRA (peft)"],
+    "at equal total rank": ["core, no growth", "linear", "exponential", "fixed", "linear, random", "linear, uniform",
+                            "linear, sensitivity", "linear, worth"],
+    "with no more numbers than LoRA": [f"linear, {signal}, equal numbers" for signal in
+                                       ("importance", "random", "uniform", "sensitivity", "worth")],
+    "the same, the core at a tenth of the learning rate": [
+        f"linear, {signal}, equal numbers, slow core" for signal in ("importance", "random", "uniform", "worth")],
+}
+
+
+def summary_table(lines: list[str]) -> str:
+    """plots/compare.jsonl in one table: each row's paired difference to LoRA, and its mean and deviation, per task."""
+    cells = [json.loads(line) for line in lines]
+    tasks = {task: chosen_cells([cell for cell in cells if cell["task"] == task]) for task in dict.fromkeys(c["task"] for c in cells)}
+    metric = {task: "accuracy" if task == "modules" else "loss" for task in tasks}
+    seeds = sorted({len(runs) for rows in tasks.values() for runs in rows.values()})
+    text = [f"Test loss in nats per token, test accuracy on `modules`: minus LoRA's, paired by seed, and mean ± standard deviation; "
+            f"{' or '.join(map(str, seeds))} seeds. **Bold**: the 95 % interval of the difference is clear of zero. Each row's "
+            "learning rate was chosen on validation.", "",
+            f"| | {' | '.join(f'{task}, {metric[task]}' for task in tasks)} |", "| --- " * (len(tasks) + 1) + "|"]
+    for group, names in SUMMARY.items():
+        text.append(f"| *{group}* |{' |' * len(tasks)}")
+        for row in names:
+            values = []
+            for task, rows in tasks.items():
+                own = {seed: cell["test"][metric[task]] for seed, cell in rows[row].items()}
+                gaps = [value - rows["LoRA"][seed]["test"][metric[task]] for seed, value in own.items() if seed in rows["LoRA"]]
+                low, high = bootstrap(gaps)
+                gap = f"{statistics.mean(gaps):+.3f}"
+                gap = "" if row == "LoRA" else f"**{gap}** " if low > 0 or high < 0 else f"{gap} "
+                values.append(f"{gap}({statistics.mean(own.values()):.3f} ± {statistics.stdev(own.values()):.3f})")
+            text.append(f"| {row} | {' | '.join(values)} |")
     return "\n".join(text)
 
 
@@ -183,23 +220,28 @@ def first_run(lines: list[str]) -> str:
             f"after, with a total rank that grows from {first['total_rank']} to {last['total_rank']}.")
 
 
-def render(readme: str) -> str:
-    """README's text with every generated part made anew."""
-    long = (HERE / "low_data_600.jsonl").read_text().splitlines()
-    parts = {"long runs": f"{compare_table(long)}\n{rates_table(long)}",
-             "paper": paper_table(), "first run": first_run((HERE / "first_run" / "log.jsonl").read_text().splitlines()),
-             "defaults": defaults_table((HERE / "defaults.jsonl").read_text().splitlines()),
-             "planted": planted_table((HERE / "planted.jsonl").read_text().splitlines()),
-             "ablations": ablations_table((HERE / "ablations.jsonl").read_text().splitlines()),
-             "bench": bench_table((HERE / "bench.jsonl").read_text().splitlines()),
-             "comparison": compare_table((HERE / "compare.jsonl").read_text().splitlines())}
-    for name, text in parts.items():
+def render(page: str) -> str:
+    """A page's text with every generated part that it has made anew."""
+    def lines(name: str) -> list[str]:
+        return (HERE / f"{name}.jsonl").read_text().splitlines()
+
+    parts = {"paper": paper_table, "first run": lambda: first_run(lines("first_run/log")),
+             "summary": lambda: summary_table(lines("compare")), "comparison": lambda: compare_table(lines("compare")),
+             "long runs": lambda: f"{compare_table(lines('low_data_600'))}\n{rates_table(lines('low_data_600'))}",
+             "defaults": lambda: defaults_table(lines("defaults")), "ablations": lambda: ablations_table(lines("ablations")),
+             "planted": lambda: planted_table(lines("planted")), "bench": lambda: bench_table(lines("bench"))}
+    for name, make in parts.items():
         begin, end = f"<!-- {name}: written by plots/readme.py -->", f"<!-- end of {name} -->"
-        head, _, rest = readme.partition(begin)
-        readme = f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return readme
+        if begin in page:
+            head, _, rest = page.partition(begin)
+            page = f"{head}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def write_pages() -> None:
+    for path in PAGES:
+        path.write_text(render(path.read_text()))
 
 
 if __name__ == "__main__":
-    path = HERE.parent / "README.md"
-    path.write_text(render(path.read_text()))
+    write_pages()
