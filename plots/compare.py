@@ -36,10 +36,13 @@ ROWS = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
         "core, no growth": ["--schedule", "none"], "linear": ["--schedule", "linear"],
         "exponential": ["--schedule", "exponential"], "fixed": ["--schedule", "fixed"]}
 ROWS |= {f"linear, {signal}": ["--score", signal] for signal in signals.SIGNALS if signal != "importance"}
-SLOW = ["--core-lr-ratio", "0.1"]  # of 1, 0.3, 0.1, 0.03 and 0 best on validation for `worth`, seeds 10 and 11
+# Chosen with `worth` on validation, seeds 10 and 11: the ratio of 1, 0.3, 0.1, 0.03 and 0, then the rank of 1, 2, 3, 4 and 6.
+SLOW, SMALL = ["--core-lr-ratio", "0.1"], ["--init-rank", "2"]
 ROWS["core, no growth, slow core"] = ["--schedule", "none", *SLOW]
 ROWS |= {f"linear, {signal}, equal numbers, slow core": ["--score", f"{signal}, equal numbers", *SLOW]
          for signal in ("importance", "random", "uniform", "worth")}
+ROWS |= {f"linear, {signal}, equal numbers, slow core, from rank 2": ["--score", f"{signal}, equal numbers", *SLOW, *SMALL]
+         for signal in ("random", "uniform", "worth")}
 ROWS |= {adalora.ROW: ["--method", "full"]}  # peft puts its own adapters into a model that has none
 RATES = {"prose": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), "prose, 20 000 tokens": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
          "modules": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2)}  # of adapters; full fine-tuning tries a fifth of each
