@@ -1,4 +1,4 @@
-"""Text in, batches out: bytes -> documents -> tokens -> examples -> (inputs, targets). An example is (2, time), int64.
+"""Text in, batches out: bytes -> documents -> tokens -> examples -> (inputs, targets). An example is (2, time), integers.
 
 Nothing is downloaded, as every Python brings: `code`, the standard library's sources, on which the base is pretrained;
 `prose`, the language reference behind help("assert"), to which it is adapted; and `modules`, docstrings to be told
@@ -26,7 +26,7 @@ PROCESS, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE"
 CACHE = Path("cache")
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train",) * 8 + ("val", "test")                  # document i is for SPLITS[i % 10]
-TASK_SPLITS = ("train", "val", "test", "train", "train")  # so is, in each class, source i of texts, the largest first
+TASK_SPLITS = ("train", "val", "test", "train", "train")   # in each class, the source with the i-th most texts likewise
 NO_TARGET = -100  # what cross_entropy leaves out
 # Not source that a person wrote to be read: tests, generated tables, installed packages.
 NOT_CODE = re.compile(r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*")
@@ -101,18 +101,18 @@ def text_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[s
 def task_examples(name: str, tokenizer: Tokenizer, context: int) -> tuple[dict[str, list[Tensor]], list[str]]:
     """({split: [(2, time)]}, classes). A text is cut to the context and closed by an end token, where the model has read it:
     there the target is the number of its class, elsewhere NO_TARGET. Raises InputError for too few texts or classes."""
-    sources = module_rows() if name == "modules" else table_rows(name)
-    classes = sorted({label for label, _ in sources.values()})
+    rows = module_rows() if name == "modules" else table_rows(name)
+    classes = sorted({label for label, _ in rows.values()})
     deals = {label: itertools.cycle(TASK_SPLITS) for label in classes}
-    splits = {source: next(deals[source[0]]) for source, _ in Counter(sources.values()).most_common()}
+    splits = {source: next(deals[source[0]]) for source, _ in Counter(rows.values()).most_common()}
     examples, end = {split: [] for split in TASK_SPLITS}, tokenizer.token_to_id(END_OF_TEXT)
-    for text, source in sources.items():
+    for text, row in rows.items():
         ids = tokenizer.encode(text).ids[:context - 1]
-        targets = [NO_TARGET] * len(ids) + [classes.index(source[0])]
-        examples[splits[source]].append(torch.tensor([ids + [end], targets]))
-    for texts in examples.values():
-        random.Random(0).shuffle(texts)
-    need(len(classes) > 1 and all(examples.values()), f"--task {name}: {len(sources)} different texts of {len(classes)} "
+        targets = [NO_TARGET] * len(ids) + [classes.index(row[0])]
+        examples[splits[row]].append(torch.tensor([ids + [end], targets]))
+    for split in examples.values():
+        random.Random(0).shuffle(split)
+    need(len(classes) > 1 and all(examples.values()), f"--task {name}: {len(rows)} different texts of {len(classes)} "
          "classes are too few; give 2 classes or more, of 3 texts or more")
     return examples, classes
 
@@ -121,8 +121,7 @@ def table_rows(name: str) -> dict[str, tuple[str, str]]:
     with needing(f"--task {name}: not a UTF-8 table of label and sentence, with tabs"), open(name, encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         columns = sorted({"sentence", "sentence1", "text", "sentence2"} & {*reader.fieldnames})
-        labels = {END_OF_TEXT.join(row[column] for column in columns): row["label"].strip() for row in reader}
-    return {text: (label, text) for text, label in labels.items()}
+        return {(text := END_OF_TEXT.join(row[name] for name in columns)): (row["label"].strip(), text) for row in reader}
 
 def module_rows() -> dict[str, tuple[str, str]]:
     """{docstring: (package, file)} of the 8 packages in the standard library that hold the most docstrings."""

@@ -1,8 +1,8 @@
 """GPT-2, small or as published: the model that train.py pretrains or loads, then adapts. It knows nothing of adapters.
 
-It is GPT-2 to the last constant: learned positions, layer norm before each sub-layer, tanh GELU, a head tied to the
-token embedding. But q, k and v are three Linears instead of one c_attn, so that each of a block's six matrices can be
-adapted, grown and named: blocks.0.q, .k, .v, .o, .fc and .proj.
+It is GPT-2 to the last constant, but for dropout: learned positions, layer norm before each sub-layer, tanh GELU, a
+head tied to the token embedding. q, k and v are three Linears instead of one c_attn, so that each of a block's six
+matrices can be adapted, grown and named: blocks.0.q, .k, .v, .o, .fc and .proj.
 """
 import json
 from dataclasses import asdict, dataclass, replace
@@ -87,7 +87,7 @@ def generate(model: GPT, tokenizer: Tokenizer, prompt: str, temperature=0.8, top
 
 def load_gpt2(name: str) -> dict:
     """Published GPT-2 weights as the content of a base file: {"config", "tokenizer", "model"}. name: gpt2[-medium, -large,
-    -xl], to be downloaded once, or a folder with these files. Raises InputError without a network, or if a file lacks."""
+    -xl], to be downloaded once, or a folder with these files. Raises InputError if that fails, or if a file is missing."""
     files = ["config.json", "tokenizer.json", "pytorch_model.bin"]
     with needing(f"--base {name}: not to be had; give a folder that holds GPT-2's {', '.join(files)}"):
         folder = Path(name if Path(name).is_dir() else snapshot_download(f"openai-community/{name}", allow_patterns=files))

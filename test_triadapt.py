@@ -2,6 +2,7 @@
 
 Growth is tested on the smallest Linear that can break it, training on a GPT of a few thousand parameters.
 """
+import copy
 import json
 import math
 import os
@@ -804,6 +805,7 @@ def test_a_run_writes_its_files_and_grows_to_the_budget(home, drawing, capsys):
     assert log[-1]["total_rank"] == 4 * 12 and all(len(e["score"]) == len(e["ranks"]) == 12 for e in log)
     assert log[0]["trainable"] < log[-1]["trainable"] == log[-1]["peak_trainable"]
     assert json.loads(Path("out/config.json").read_text())["init_rank"] == 2
+    assert torch.load("out/checkpoint.pt", weights_only=True)["progress"]["tokens"] == 30 * 4 * 16
     state = torch.load("out/adapter.pt", weights_only=True)
     assert all(".lora_" in name for name in state)
     assert {name: len(state[f"{name}.lora_A"]) for name in log[-1]["ranks"]} == log[-1]["ranks"]
@@ -816,7 +818,7 @@ def test_a_run_writes_its_files_and_grows_to_the_budget(home, drawing, capsys):
 @pytest.mark.parametrize("method, schedule", [("full", "none"), ("lora", "none"), ("triadapt", "none"), ("triadapt", "fixed"),
                                               ("triadapt", "exponential")])
 def test_every_method_and_schedule_learns(home, method, schedule):
-    log = train.main([*TINY, "--method", method, "--schedule", schedule, "--dropout", "0.1"]).log
+    log = train.main([*TINY, "--method", method, "--schedule", schedule, "--dropout", "0.1", "--orth", "0.0001"]).log
     assert log[-1]["test_loss"] < log[0]["test_loss"] - 0.03
     if method != "full":
         assert log[-1]["total_rank"] == 8 * 12
@@ -1000,6 +1002,37 @@ def test_resume_ends_with_the_bits_of_an_uninterrupted_run(home, monkeypatch, ca
     assert_same_bits(outcome("out"), outcome("cut"))
 
 
+def test_an_interrupt_within_the_last_step_stops_after_it(home, monkeypatch):
+    train.main(TINY)
+    calls, predict = [], train.predict
+
+    def interrupted(model, *more):
+        calls.append(model.training)
+        if sum(calls) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return predict(model, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(train, "predict", interrupted)
+        train.main([*TINY, "--out", "cut"])
+    train.main(["--resume", "cut"])
+    assert_same_bits(outcome("out"), outcome("cut"))
+
+
+def test_processes_on_different_accelerators_share_one_base(home, monkeypatch):
+    def pretrain(argv):
+        raise StopIteration(argv[argv.index("--merge") + 1], argv[argv.index("--device") + 1])
+
+    monkeypatch.setattr(train, "main", pretrain)
+    paths = {}
+    for device in ("cuda:0", "cuda:1", "cpu"):
+        with pytest.raises(StopIteration) as stopped:
+            train.load_base(train.parse_args([]), torch.device(device))
+        paths[device], own = stopped.value.args
+        assert own == device
+    assert paths["cuda:0"] == paths["cuda:1"] != paths["cpu"]
+
+
 def test_equal_runs_have_equal_bits_and_another_seed_has_others(home):
     for folder, seed in {"out": "0", "again": "0", "other": "1"}.items():
         train.main([*TINY, "--seed", seed, "--out", folder])
@@ -1108,6 +1141,10 @@ def test_a_checkpoint_that_does_not_fit_or_is_cut_short_is_refused(home):
     with pytest.raises(InputError, match="checkpoint.pt: missing, damaged"):
         train.main(["--resume", "out"])
     content = torch.load(spoil("out/checkpoint.pt", whole), weights_only=True)
+    for key, value in {"optimizer": content["optimizer"] | {"param_groups": []}, "progress": 7, "trained": 7}.items():
+        data.save(Path("out/checkpoint.pt"), content | {key: value})
+        with pytest.raises(InputError, match="--resume out: its checkpoint is of other code, or damaged"):
+            train.main(["--resume", "out"])
     content["trained"]["blocks.0.q.lora_B"] = torch.ones(9, 2)
     data.save(Path("out/checkpoint.pt"), content)
     with pytest.raises(InputError, match=r"blocks.0.q.lora_B: .*\[16, \d\].*\[9, 2\]"):
@@ -1222,7 +1259,11 @@ def test_readme_own_model_runs():
     names = {}
     exec(readme_code("own model"), names)
     assert len(names["adapters"]) == 5 and names["allocator"].total_rank == names["allocator"].budget == 20
-    assert not find_adapters(names["model"]) and names["loss"] < 1.5
+    model, fresh, x = names["model"].eval(), names["fresh"].eval(), names["x"]
+    assert [a.rank for a in find_adapters(fresh).values()] == [a.rank for a in names["adapters"].values()] != [2] * 5
+    before = merge_adapters(copy.deepcopy(names["fresh"]))(x)
+    assert torch.equal(fresh(x), model(x)) and F.mse_loss(model(x), names["y"]) < 1.5
+    torch.testing.assert_close(before, fresh(x))
 
 
 def test_readme_fork_trains_grows_saves_and_draws(home):

@@ -53,8 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--targets", "q|k|v|o|fc|proj", "names of the matrices, a regular expression")
     option("--dropout", 0.0, "probability that an adapter's input is dropped in training")
     option("--orth", 0.0, "weight in the loss of the orthogonality penalty on A and B")
-    # Growth begins early, at half the rank, and is soon over: what comes late has little time (README.md's table).
-    group = parser.add_argument_group("growth")
+    group = parser.add_argument_group("growth", "early, from half the rank, and soon over: what comes late has little time")
     option("--schedule", None, "how many matrices grow [linear if they can, else none]", choices=[*SCHEDULES, "none"])
     option("--score", "importance", "what tells which matrices grow: the paper's importance, or a rival", choices=SIGNALS)
     option("--rank-step", 1, "ranks that a matrix grows by at once")
@@ -64,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("training")
     option("--steps", 300, "optimiser steps")
     option("--lr", lambda args: 2e-3 if args.method == "full" else 1e-2, "peak learning rate [1e-2, full: 2e-3]", type=float)
-    option("--core-lr-ratio", 1.0, "learning rate of the core L + U over that of A and B; 0.1 is better (README.md)")
+    option("--core-lr-ratio", 1.0, "learning rate of the core L + U over that of A and B")
     option("--seed", 0, "seed of adapters, batches and dropout; the base has its own")
     option("--device", None, "torch device, such as cuda:1 [the accelerator if there is one, else the CPU]")
     group.add_argument("--compile", action="store_true", help="torch.compile the model; not with growth")
@@ -111,12 +110,12 @@ def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Toke
         torch.manual_seed(0)
         return GPT(GPTConfig()).to(device), train_tokenizer(documents(args.data), GPTConfig().vocab_size)
     if args.base == "code":
-        recipe = f"--base scratch --data code --method full --device {device} --steps {args.base_steps} --eval-interval 9999"
+        recipe = f"--base scratch --data code --method full --lr 2e-3 --eval-interval 9999 --steps {args.base_steps}"
         source = Path(sys.modules[GPT.__module__].__file__).read_text()
-        path = CACHE / f"base-{text_hash([*documents('code'), source, recipe, torch.__version__])}.pt"
+        path = CACHE / f"base-{text_hash([*documents('code'), source, recipe, device.type, torch.__version__])}.pt"
         if not path.exists():
             say("no base model is cached yet: it is pretrained on code first")
-            main([*recipe.split(), "--out", str(path.with_suffix("")), "--merge", str(path)])
+            main([*recipe.split(), "--device", str(device), "--out", str(path.with_suffix("")), "--merge", str(path)])
     base = load(path, "config", "tokenizer", "model") if path.suffix == ".pt" else load_gpt2(args.base)
     with needing(f"--base {path}: its tokenizer or its sizes are damaged"):
         tokenizer, model = Tokenizer.from_str(base["tokenizer"]), GPT(GPTConfig(**base["config"]))
@@ -155,8 +154,8 @@ class Run:
         self.model, self.tokenizer = load_base(args, self.device)
         context = args.context or self.model.config.context
         need(context <= self.model.config.context, f"--context {context}: at most {self.model.config.context} for this base")
-        examples = task_examples if args.task else text_examples
-        self.examples, self.classes = examples(args.task or args.data, self.tokenizer, context)
+        read = task_examples if args.task else text_examples
+        self.examples, self.classes = read(args.task or args.data, self.tokenizer, context)
         torch.manual_seed(args.seed)
         self.adapters = {} if args.method == "full" else add_adapters(
             self.model, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout)
@@ -169,19 +168,20 @@ class Run:
         self.allocator = None if args.schedule == "none" else SIGNALS[args.score](
             self.adapters, self.optimizer, schedule=args.schedule, target_rank=args.rank, total_steps=args.steps,
             warmup=args.warmup, interval=args.interval, rank_step=args.rank_step, top_k=args.top_k)
-        self.step, self.log, self.losses, self.seconds, self.growth_seconds = 0, [], [], 0.0, 0.0
+        self.step, self.tokens, self.log, self.losses, self.seconds, self.growth_seconds = 0, 0, [], [], 0.0, 0.0
         if args.resume:
             saved = load(self.out / "checkpoint.pt", "progress", "trained", "optimizer", "growth")
-            load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            vars(self).update(saved["progress"])
-            if self.allocator:
-                self.allocator.state = saved["growth"]
+            with needing(f"--resume {args.resume}: its checkpoint is of other code, or damaged; start anew"):
+                load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
+                self.optimizer.load_state_dict(saved["optimizer"])
+                vars(self).update(saved["progress"])
+                if self.allocator:
+                    self.allocator.state = saved["growth"]
 
     def save(self) -> None:
         state = {"settings": vars(self.args), "trained": adapter_state_dict(self.model),
                  "optimizer": self.optimizer.state_dict(), "growth": self.allocator and self.allocator.state,
-                 "progress": {name: getattr(self, name) for name in ("step", "log", "losses", "seconds", "growth_seconds")}}
+                 "progress": {k: vars(self)[k] for k in ("step", "tokens", "log", "losses", "seconds", "growth_seconds")}}
         save(self.out / "checkpoint.pt", state)
         save(self.out / "adapter.pt", state["trained"])
         save(self.out / "log.jsonl", ((json.dumps(entry) + "\n").encode() for entry in self.log))
@@ -193,14 +193,14 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Of 512 examples at most, {split}_loss in nats per target; for a task also {split}_accuracy and macro {split}_f1."""
+        """Of 512 examples at most: {split}_loss, nats per target; for a task also {split}_accuracy and macro {split}_f1."""
         self.model.eval()
         n = len(self.classes)
         sums = torch.zeros(2 + n * n, device=self.device)  # of the loss, of the targets, and of each (true, predicted)
         for numbers in torch.arange(len(self.examples[split]))[:512].split(self.args.batch_size)[PROCESS::WORLD]:
             loss, logits, targets = predict(self.model, *batch(self.examples[split], numbers), self.device)
             known = targets != NO_TARGET
-            pairs = (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n)[:n * n]
+            pairs = (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n) if n else sums[2:]
             sums += torch.cat((torch.stack((loss, known.sum())), pairs))
         sum_processes([sums])
         loss, count, confusion = sums[0], sums[1], sums[2:].view(n, n)
@@ -222,7 +222,7 @@ class Run:
         model = torch.compile(self.model) if args.compile else self.model
         handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the step under way is finished
         for step in tqdm(range(self.step + 1, args.steps + 1), disable=PROCESS > 0 or None):
-            began, seed = time.perf_counter(), args.seed * 1_000_003 + step  # torch's CPU generator drops all above 32 bits
+            began, seed = time.perf_counter(), args.seed * 1_000_003 + step  # not shifted: it drops bits above 32
             torch.manual_seed(seed * WORLD + PROCESS)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["lr_ratio"] * learning_rate(step, args.steps, args.lr)
@@ -231,28 +231,29 @@ class Run:
             numbers = np.random.default_rng((args.seed, step)).integers(len(self.examples["train"]), size=args.batch_size)
             inputs, targets = batch(self.examples["train"], numbers)
             count, pieces = (targets != NO_TARGET).sum().item(), args.accumulate * WORLD
-            loss, penalty, stop = torch.tensor([0.0, 0.0, len(interrupts)], device=self.device).unbind()
+            loss, penalty = torch.zeros(2, device=self.device).unbind()
             for i in range(PROCESS, pieces, WORLD):
                 part = predict(model, inputs[i::pieces], targets[i::pieces], self.device)[0] / count
-                penalty = orthogonality(self.adapters) if args.orth else penalty
+                penalty = orthogonality(self.adapters) if args.orth and self.adapters else penalty
                 (part + args.orth / pieces * penalty).backward()
                 loss += part.detach()
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            sum_processes([p.grad for p in trained] + [loss, stop])
-            need(loss.isfinite(), f"--lr {args.lr}: the loss is not finite at step {step}; lower it ({self.out} has a checkpoint)")
+            stop = torch.tensor(float(len(interrupts)), device=self.device)
+            sum_processes([*(p.grad for p in trained), loss, stop])
+            need(loss.isfinite(), f"--lr {args.lr}: the loss is not finite at step {step}; start anew with a lower rate")
             nn.utils.clip_grad_norm_(trained, 1.0)
             self.optimizer.step()
             updated = time.perf_counter()
             torch.manual_seed(seed)  # the same new rows in every process
             grown = self.allocator.step(step) if self.allocator else []
             self.growth_seconds += time.perf_counter() - updated
-            self.step, self.seconds = step, self.seconds + updated - began
+            self.step, self.tokens, self.seconds = step, self.tokens + inputs.numel(), self.seconds + updated - began
             self.losses.append(loss.item())
             if grown:
                 self.note("allocation", grown=grown)
             if step % args.eval_interval == 0 or step == args.steps:
                 self.note("eval", train_loss=sum(self.losses) / len(self.losses), penalty=penalty.item(),
-                          **self.evaluate("val"), tokens_per_second=inputs.numel() * step / self.seconds)
+                          **self.evaluate("val"), tokens_per_second=self.tokens / self.seconds)
                 self.losses = []
             if stop or not self.losses:
                 self.save()

@@ -112,7 +112,7 @@ class BaselineBefore(RankAllocator):
 
 
 class Unpaced(RankAllocator):
-    """New entries have zero moments and the age of their tensor: they move up to 6 times too fast."""
+    """New entries have zero moments and the age of their tensor: they move up to 2.1 times too fast."""
 
     def __init__(self, adapters, optimizer, **settings):
         super().__init__(adapters, optimizer, **settings)

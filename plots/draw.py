@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from model import GPT, GPTConfig  # noqa: E402
 from plots.bench import CENTRE  # noqa: E402
-from plots.readme import bootstrap, chosen_cells, write_pages  # noqa: E402
+from plots.readme import SUMMARY, bootstrap, chosen_cells, write_pages  # noqa: E402
 from plots.run import planned_growth, split_name  # noqa: E402
 from train import parse_args  # noqa: E402
 from triadapt import SCHEDULES, RankAllocator, TriAdaptLinear, add_adapters  # noqa: E402
@@ -35,7 +35,8 @@ COLOURS = {  # part of a row's name: colour and marker; the last part that fits 
     "LoRA": ("#777777", "s"), "full": ("#000000", "*"), "core": ("#5D3A9B", "D"), "TriAdaptLoRA": ("#5D3A9B", "D"),
     "linear": ("#0072B2", "o"), "paper": ("#0072B2", "o"), "grown": ("#0072B2", "o"), "exponential": ("#56B4E9", "^"),
     "fixed": ("#009E73", "v"), "random": ("#E69F00", "<"), "uniform": ("#D55E00", ">"), "sensitivity": ("#CC79A7", "p"),
-    "increlora": ("#CC79A7", "p"), "worth": ("#8C510A", "P"), "AdaLoRA": ("#A39100", "X"), "by hand": ("#009E73", "v")}
+    "increlora": ("#CC79A7", "p"), "worth": ("#8C510A", "P"), "AdaLoRA": ("#A39100", "X"), "by hand": ("#009E73", "v"),
+    "dense": ("#E69F00", "<")}
 GROWTHS = ("linear", "exponential", "fixed")
 
 
@@ -44,10 +45,13 @@ class Missing(Exception):
 
 
 def style(row: str) -> dict:
-    """Colour and marker of a row. Hollow: at equal numbers instead of equal rank; peft's instead of ours; per rank."""
+    """Colour and marker of a row. Hollow: at equal numbers instead of equal rank; peft's instead of ours; per rank.
+    Filled on the left: the same with a slow core; below: and from rank 2."""
     colour, marker = [("#444444", "d"), *(look for name, look in COLOURS.items() if name in row)][-1]
-    hollow = any(word in row for word in ("equal", "peft", "per rank"))
-    return {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour}
+    hollow = any(word in row for word in ("equal", "peft", "per rank")) and "slow" not in row
+    filled = "bottom" if "from rank 2" in row else "left" if "slow" in row else "full"
+    return {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour, "fillstyle": filled,
+            "markerfacecoloralt": "white"}
 
 
 def per_task(cells: list[dict], key: str = "task") -> dict[str, dict[str, dict[int, dict]]]:
@@ -367,7 +371,8 @@ def draw_bench(cells: list[dict]) -> plt.Figure:
 def draw_compare(cells: list[dict]) -> plt.Figure:
     """A panel per task: differences to LoRA, each seed, mean, 95 % interval. Full fine-tuning is far off the scale."""
     tasks = per_task(cells)
-    names = [row for row in dict.fromkeys(c["row"] for c in cells) if row not in ("full fine-tuning", "LoRA")][::-1]
+    there = {row: None for row in [*itertools.chain(*SUMMARY.values()), *(c["row"] for c in cells)] if any(row in r for r in tasks.values())}
+    names = [row for row in there if row not in ("full fine-tuning", "LoRA")][::-1]
     size = 3 * len(tasks) + 2, 0.28 * len(names) + 2.2
     figure, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, layout="constrained", squeeze=False)
     for axes, (task, rows) in zip(panels[0], tasks.items()):
@@ -379,12 +384,16 @@ def draw_compare(cells: list[dict]) -> plt.Figure:
                 signs += [sign * sure_sign(gaps)] if row.startswith(GROWTHS) else []
         axes.axvline(0, color=COLOURS["LoRA"][0], linestyle="--")
         side = "right" if sign > 0 else "left"
-        axes.set(xlabel=f"{label}\nminus LoRA's ({side} is better)", yticks=range(len(names)), yticklabels=names)
+        axes.set(xlabel=f"{label}\nminus LoRA's ({side} is better)", yticks=range(len(names)))
+        axes.set_yticklabels(names, fontsize=8)
         axes.set_title(f"{task}\nof {len(signs)} growths {signs.count(1)} better, {signs.count(-1)} worse", fontsize=11)
     random, uniform = (sum(metric_of(rows)[1] * sure_sign(paired(rows, "linear", f"linear, {control}")) > 0
                            for rows in tasks.values()) for control in ("random", "uniform"))
+    best, control = (f"linear, {signal}, equal numbers, slow core, from rank 2" for signal in ("worth", "random"))
+    ahead = [sum(metric_of(rows)[1] * sure_sign(paired(rows, best, other)) > 0 for rows in tasks.values()) for other in ("LoRA", control)]
     figure.suptitle(f"By 95 % intervals the paper's importance (linear) is better than random choice on {random} "
-                    f"and than uniform choice on {uniform} of {len(tasks)} tasks", fontsize=12)
+                    f"and than uniform choice on {uniform} of {len(tasks)} tasks;\nworth, with a slow core, from rank 2 "
+                    f"(last row), than LoRA on {ahead[0]} and than random choice on {ahead[1]}", fontsize=12)
     return figure
 
 

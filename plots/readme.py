@@ -91,8 +91,9 @@ SUMMARY = {  # what comparable rows share, and their names in plots/compare.json
                             "linear, sensitivity", "linear, worth"],
     "with no more numbers than LoRA": [f"linear, {signal}, equal numbers" for signal in
                                        ("importance", "random", "uniform", "sensitivity", "worth")],
-    "the same, the core at a tenth of the learning rate": [
+    "the same, the core at a tenth of the learning rate": ["core, no growth, slow core"] + [
         f"linear, {signal}, equal numbers, slow core" for signal in ("importance", "random", "uniform", "worth")],
+    "and from rank 2": [f"linear, {signal}, equal numbers, slow core, from rank 2" for signal in ("random", "uniform", "worth")],
 }
 
 
@@ -111,6 +112,9 @@ def summary_table(lines: list[str]) -> str:
         for row in names:
             values = []
             for task, rows in tasks.items():
+                if len(rows.get(row, {})) < 2:
+                    values.append("–")
+                    continue
                 own = {seed: cell["test"][metric[task]] for seed, cell in rows[row].items()}
                 gaps = [value - rows["LoRA"][seed]["test"][metric[task]] for seed, value in own.items() if seed in rows["LoRA"]]
                 low, high = bootstrap(gaps)
