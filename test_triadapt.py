@@ -1478,12 +1478,16 @@ def test_a_figure_without_results_is_skipped_with_one_line(tmp_path, capsys):
     assert not [*tmp_path.glob("*.png")]
 
 
-def test_readme_shows_the_figures_that_are_there():
+def test_the_pages_show_every_figure_and_link_to_nothing_that_is_not_there():
     from plots.draw import MOST_BYTES
-    shown = re.findall(r"!\[[^]]+\]\((plots/[^)]+)\)", (HERE / "README.md").read_text())
-    there = {str(path.relative_to(HERE)) for path in HERE.glob("plots/**/*.png")}
-    assert {*shown} == there and len(shown) == len(there)
-    assert max((HERE / path).stat().st_size for path in there) <= MOST_BYTES
+    from plots.readme import PAGES
+    shown, there = set(), {*HERE.glob("plots/**/*.png")}
+    for page in PAGES:
+        for image, link in re.findall(r"(!?)\[[^]]*\]\(([^)#:]+)[^):]*\)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
+            shown |= {(page.parent / link).resolve()} if image else set()
+    assert shown == there and len(there) > 5
+    assert max(path.stat().st_size for path in there) <= MOST_BYTES
 
 
 def test_the_low_data_runs_use_so_many_tokens_and_take_what_the_comparison_knows(home, monkeypatch, capsys):

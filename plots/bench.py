@@ -141,7 +141,8 @@ class Variant:
     def held_bytes(self) -> int:
         """Memory in use between forward and backward."""
         held = [t for p in self.model.parameters() for t in (p, p.grad, *self.optimizer.state.get(p, {}).values())]
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        # The graph itself gets None to keep: an output that it kept by such a hook would hold the graph, for good.
+        with torch.autograd.graph.saved_tensors_hooks(held.append, lambda _: None):
             held.append(self.model(self.batch).loss)  # all stay alive, so that no address comes twice
         storages = [t.untyped_storage() for t in held if torch.is_tensor(t)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

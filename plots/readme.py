@@ -121,7 +121,8 @@ def summary_table(lines: list[str]) -> str:
                 gap = f"{statistics.mean(gaps):+.3f}"
                 gap = "" if row == "LoRA" else f"**{gap}** " if low > 0 or high < 0 else f"{gap} "
                 values.append(f"{gap}({statistics.mean(own.values()):.3f} ± {statistics.stdev(own.values()):.3f})")
-            text.append(f"| {row} | {' | '.join(values)} |")
+            name = re.sub("(, (equal numbers|slow core|from rank 2))+$", "", row)  # the group says it
+            text.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join(text)
 
 
@@ -158,7 +159,7 @@ def ablations_table(lines: list[str]) -> str:
     text = [f"Test loss on prose in nats per token; the base has {cells[0]['base']:.3f}.", "",
             "| | seeds | test loss | minus reference, paired, 95 % | budget spent at step | change of the logits at the first growth |",
             "| --- | --- | --- | --- | --- | --- |"]
-    for row, runs in rows.items():
+    for row, runs in sorted(rows.items(), key=lambda item: "worth" in item[0]):  # those last
         losses = [cell["test"] for cell in runs.values()]
         gaps = [runs[seed]["test"] - rows["reference"][seed]["test"] for seed in runs if seed in rows["reference"]]
         low, high = bootstrap(gaps)
