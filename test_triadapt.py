@@ -592,6 +592,7 @@ def test_gpt_is_causal_and_generates_from_a_seed(device):
     assert same[:9].all() and not same[9:].any()
     texts = [generate(model, words, "the rank", seed=s, length=40) for s in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2] and all(text.startswith("the rank") and len(text) > 40 for text in texts)
+    assert generate(model, words, "")  # without a prompt it begins a text
 
 
 def test_the_embedded_corpora_are_there_and_prose_never_repeats():
@@ -640,6 +641,7 @@ def test_windows_share_the_files_memory_and_evaluation_reads_each_token_once(hom
     assert text == Path("text.txt").read_text()
     ids = np.concatenate([tokens[split] for split in ("train", "val", "test")])
     assert len(tokenizer.decode(ids.tolist())) == len(text)  # every document is in exactly one split
+    assert (ids == tokenizer.token_to_id(data.END_OF_TEXT)).sum() == len([*data.documents("text.txt")])  # and closed
 
 
 WORDS = {"shape": ["lower", "upper", "core"], "size": ["rank", "budget", "count"], "speed": ["fast", "slow", "step"]}
@@ -868,6 +870,13 @@ def test_a_task_is_learned_told_drawn_resumed_and_not_asked_for_text(home, drawi
     assert "sample" in again.log[-1] and again.model.head is None  # its weights serve as a language model again
 
 
+def test_an_evaluation_reads_512_examples_at_most_each_once(home, monkeypatch):
+    run, read, batch = train.Run(train.parse_args(TINY)), [], train.batch
+    monkeypatch.setattr(train, "batch", lambda examples, numbers: (read.extend(numbers.tolist()), batch(examples, numbers))[1])
+    run.evaluate("train")
+    assert read == [*range(512)] and len(run.examples["train"]) > 512
+
+
 def test_accuracy_and_f1_are_the_definitions(home):
     write_table("task.tsv")
     run = train.main([*TINY, "--task", "task.tsv", "--steps", "8", "--rank", "2"])
@@ -1015,8 +1024,10 @@ def test_an_interrupt_within_the_last_step_stops_after_it(home, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(train, "predict", interrupted)
         train.main([*TINY, "--out", "cut"])
-    train.main(["--resume", "cut"])
-    assert_same_bits(outcome("out"), outcome("cut"))
+    Path("cut").rename("moved")
+    train.main(["--resume", "moved"])
+    assert_same_bits(outcome("out"), outcome("moved"))
+    assert not Path("cut").exists()
 
 
 def test_processes_on_different_accelerators_share_one_base(home, monkeypatch):
