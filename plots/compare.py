@@ -7,7 +7,7 @@
 Rules: the same steps and batches for all. The learning rate of each (task, row) is the one of RATES with the best
 validation result of seed 0; then it runs on the other seeds. Test results are of the last step, and of the step that
 was best on validation. A line of plots/compare.jsonl is a finished run with its whole configuration, never edited.
-`python plots/draw.py` makes README's table and the figures of them.
+`python plots/draw.py` makes the tables and figures of them.
 """
 import argparse
 import contextlib

@@ -4,7 +4,7 @@
     python plots/defaults.py --seeds 1 --steps 20     # a quick look
 
 Each finished run is a line of plots/defaults.jsonl, so that a stopped sweep goes on where it was. `python plots/readme.py`
-makes README.md's table from it. The learning rate of every method is chosen here too, on the validation split; the rows of
+makes the table in plots/RESULTS.md from it. The learning rate of every method is chosen here too, on the validation split; the rows of
 GROWTH take the default's.
 """
 import argparse
@@ -28,6 +28,8 @@ GROWTH = {  # what the row is called: the options that make it
     "linear growth, interval 3, rank step 2": ["--interval", "3", "--rank-step", "2"],
     "exponential growth, interval 3": ["--interval", "3", "--schedule", "exponential"],
     "fixed growth (top-k 4), interval 3": ["--interval", "3", "--schedule", "fixed"],
+    "linear growth by worth, numbers of LoRA, slow core, from rank 2": [
+        "--score", "worth, equal numbers", "--core-lr-ratio", "0.1", "--init-rank", "2"],
 }
 
 
