@@ -9,6 +9,7 @@ Task, steps and batches are those of compare.py's prose, and all rows share the 
 A recipe is what one variant of the released code starts its tensors as, its scale and its importance, in our own code;
 growth, budget, optimiser and learning rates are ours. Their first block is a full matrix twice, ours two triangles.
 """
+
 import argparse
 import contextlib
 import io
@@ -43,17 +44,22 @@ class RandomCore(TriAdaptLinear):
 
     def new_entries(self, n: int):
         entries = super().new_entries(n)
-        return entries | {name: torch.randn_like(entries[name]) * 0.02 for name in ("lora_L", "lora_U")}
+        return entries | {
+            name: torch.randn_like(entries[name]) * 0.02 for name in ("lora_L", "lora_U")
+        }
 
 
 class Released(TriAdaptLinear):
     """What the variants of the released code share: normal A, B zero, core zero, importance per growth block."""
+
     blocks = 0
 
     def new_entries(self, n: int):
         self.blocks += 1
-        return {name: torch.randn_like(new) * 0.02 if name == "lora_A" else torch.zeros_like(new)
-                for name, new in super().new_entries(n).items()}
+        return {
+            name: torch.randn_like(new) * 0.02 if name == "lora_A" else torch.zeros_like(new)
+            for name, new in super().new_entries(n).items()
+        }
 
     @torch.no_grad()
     def importance(self):
@@ -64,8 +70,10 @@ class Single(Released, CurrentScale):
     """..._single: all normal, but the first B."""
 
     def new_entries(self, n: int):
-        return {name: new if name == "lora_B" and self.blocks == 1 else torch.randn_like(new) * 0.02
-                for name, new in super().new_entries(n).items()}
+        return {
+            name: new if name == "lora_B" and self.blocks == 1 else torch.randn_like(new) * 0.02
+            for name, new in super().new_entries(n).items()
+        }
 
 
 class CoreZero(Released):
@@ -89,14 +97,18 @@ class BlockABC0(Released, CurrentScale):
 
     def new_entries(self, n: int):
         entries = super().new_entries(n)
-        return entries | ({"lora_A": torch.zeros_like(entries["lora_A"])} if self.blocks > 1 else {})
+        return entries | (
+            {"lora_A": torch.zeros_like(entries["lora_A"])} if self.blocks > 1 else {}
+        )
 
 
 class Eye(Released):
     """triadaptlora.py, constant scale: each new block of the core begins with ones on its own diagonal."""
 
     def new_entries(self, n: int):
-        row, column = torch.tril_indices(self.rank + n, self.rank + n)[:, self.rank * (self.rank + 1) // 2:]
+        row, column = torch.tril_indices(self.rank + n, self.rank + n)[
+            :, self.rank * (self.rank + 1) // 2 :
+        ]
         ones = (row - self.rank == column).float()
         return super().new_entries(n) | {"lora_L": ones, "lora_U": ones.clone()}
 
@@ -134,6 +146,7 @@ class Forgetful(RankAllocator):
 
 class NewRate(RankAllocator):
     """What came by growth moves FACTOR times as far in each step."""
+
     FACTOR = 1.0
 
     def __init__(self, adapters, optimizer, **settings):
@@ -142,7 +155,9 @@ class NewRate(RankAllocator):
         optimizer.register_step_post_hook(self.rescale)
 
     def remember(self, optimizer, *_) -> None:
-        self.before = {p: p.detach().clone() for p, state in optimizer.state.items() if "born" in state}
+        self.before = {
+            p: p.detach().clone() for p, state in optimizer.state.items() if "born" in state
+        }
 
     @torch.no_grad()
     def rescale(self, optimizer, *_) -> None:
@@ -158,29 +173,60 @@ class DoubleRate(NewRate):
     FACTOR = 2.0
 
 
-METHODS |= {"current-scale": CurrentScale, "random-core": RandomCore, "single": Single, "block-c0": BlockC0,
-            "block-cb0": BlockCB0, "block-abc0": BlockABC0, "eye": Eye, "core-zero": CoreZero}
-SIGNALS |= {"baseline-before": BaselineBefore, "unpaced": Unpaced, "forgetful": Forgetful, "half-rate": HalfRate,
-            "double-rate": DoubleRate}
+METHODS |= {
+    "current-scale": CurrentScale,
+    "random-core": RandomCore,
+    "single": Single,
+    "block-c0": BlockC0,
+    "block-cb0": BlockCB0,
+    "block-abc0": BlockABC0,
+    "eye": Eye,
+    "core-zero": CoreZero,
+}
+SIGNALS |= {
+    "baseline-before": BaselineBefore,
+    "unpaced": Unpaced,
+    "forgetful": Forgetful,
+    "half-rate": HalfRate,
+    "double-rate": DoubleRate,
+}
 ROWS = {"reference": []}
 ROWS |= {f"initial rank {rank}": ["--init-rank", str(rank)] for rank in (1, 2, 6)}
 ROWS["initial rank 8, no growth"] = ["--schedule", "none"]
 ROWS |= {f"rank step {step}": ["--rank-step", str(step)] for step in (2, 4)}
 ROWS |= {f"interval {interval}": ["--interval", str(interval)] for interval in (3, 10)}
 ROWS |= {f"warm-up {share} %": ["--warmup", str(3 * share)] for share in (10, 30)}  # of 300 steps
-ROWS |= {f"core at {ratio} of the learning rate": ["--core-lr-ratio", ratio] for ratio in ("0.3", "0.1", "0.03", "0")}
-ROWS |= {f"worth, equal numbers, core at {ratio}": ["--score", "worth, equal numbers", "--core-lr-ratio", ratio]
-         for ratio in ("1", "0.3", "0.1", "0.03", "0")}
-ROWS |= {"scale alpha / current rank": ["--method", "current-scale"], "random core": ["--method", "random-core"],
-         "baseline before growth": ["--score", "baseline-before"], "new moments not paced": ["--score", "unpaced"],
-         "moments of a grown matrix reset": ["--score", "forgetful"], "new entries at half rate": ["--score", "half-rate"],
-         "new entries at double rate": ["--score", "double-rate"]}
-ROWS |= {f"released: {recipe}": ["--method", recipe, "--score", "baseline-before"]
-         for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero")}
+ROWS |= {
+    f"core at {ratio} of the learning rate": ["--core-lr-ratio", ratio]
+    for ratio in ("0.3", "0.1", "0.03", "0")
+}
+ROWS |= {
+    f"worth, equal numbers, core at {ratio}": [
+        "--score",
+        "worth, equal numbers",
+        "--core-lr-ratio",
+        ratio,
+    ]
+    for ratio in ("1", "0.3", "0.1", "0.03", "0")
+}
+ROWS |= {
+    "scale alpha / current rank": ["--method", "current-scale"],
+    "random core": ["--method", "random-core"],
+    "baseline before growth": ["--score", "baseline-before"],
+    "new moments not paced": ["--score", "unpaced"],
+    "moments of a grown matrix reset": ["--score", "forgetful"],
+    "new entries at half rate": ["--score", "half-rate"],
+    "new entries at double rate": ["--score", "double-rate"],
+}
+ROWS |= {
+    f"released: {recipe}": ["--method", recipe, "--score", "baseline-before"]
+    for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero")
+}
 
 
 class Jumping(train.Run):
     """A run that measures what its first growth does to the output: ||change of the logits|| / ||logits||."""
+
     jump = None
 
     def __init__(self, args):
@@ -196,7 +242,9 @@ class Jumping(train.Run):
             before = self.model.eval()(inputs.to(self.device))
         grown = self.grow(t)
         with torch.no_grad():
-            self.jump = ((self.model(inputs.to(self.device)) - before).norm() / before.norm()).item()
+            self.jump = (
+                (self.model(inputs.to(self.device)) - before).norm() / before.norm()
+            ).item()
         return grown
 
 
@@ -204,17 +252,43 @@ def measure(row: str, seed: int, options: list[str]) -> dict:
     """One silent run, as a line of results."""
     folder = f"runs/ablations/{row}-{seed}".replace(" ", "_").replace("/", "per")
     with contextlib.redirect_stdout(io.StringIO()):
-        run = Jumping(train.parse_args([*COMMON, "--lr", "1e-2", *ROWS[row], "--seed", str(seed), "--out", folder, *options]))
+        run = Jumping(
+            train.parse_args(
+                [
+                    *COMMON,
+                    "--lr",
+                    "1e-2",
+                    *ROWS[row],
+                    "--seed",
+                    str(seed),
+                    "--out",
+                    folder,
+                    *options,
+                ]
+            )
+        )
         run.train()
     allocations = [entry["step"] for entry in run.log if entry["kind"] == "allocation"]
     shutil.rmtree(run.out)
-    return {"row": row, "seed": seed, "settings": vars(run.args), "base": run.log[0]["test_loss"], "test": run.log[-1]["test_loss"],
-            "val": run.log[-2]["val_loss"], "ranks": run.log[-1]["ranks"], "trainable": run.log[-1]["trainable"],
-            "spent_at": max(allocations, default=0), "jump": run.jump, "torch": torch.__version__}
+    return {
+        "row": row,
+        "seed": seed,
+        "settings": vars(run.args),
+        "base": run.log[0]["test_loss"],
+        "test": run.log[-1]["test_loss"],
+        "val": run.log[-2]["val_loss"],
+        "ranks": run.log[-1]["ranks"],
+        "trainable": run.log[-1]["trainable"],
+        "spent_at": max(allocations, default=0),
+        "jump": run.jump,
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=HERE / "ablations.jsonl")
@@ -227,7 +301,9 @@ def main() -> None:
                 line = measure(row, seed, options)
                 with open(args.results, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(f"{row}; seed {seed}; test {line['test']:.4f}; jump {line['jump']}", flush=True)
+                print(
+                    f"{row}; seed {seed}; test {line['test']:.4f}; jump {line['jump']}", flush=True
+                )
 
 
 if __name__ == "__main__":

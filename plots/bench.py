@@ -16,6 +16,7 @@ finished configuration is a line of plots/bench.jsonl:
     held_bytes           parameters, gradients, optimiser state and all that autograd saves for backward
     peak_bytes           on CUDA only: the most that was allocated in a step, the model included
 """
+
 import argparse
 import copy
 import importlib.util
@@ -36,12 +37,22 @@ from triadapt import METHODS, RankAllocator, TriAdaptLinear, add_adapters  # noq
 
 MATRICES = ["q", "k", "v", "o", "fc", "proj"]
 CENTRE = {"layers": 6, "width": 384, "heads": 6, "context": 256, "batch": 4, "rank": 8}
-AXES = {"width": [{"width": width, "heads": width // 64} for width in (128, 256, 768)],
-        "rank": [{"rank": rank} for rank in (2, 16, 64)], "batch": [{"batch": batch} for batch in (1, 16)],
-        "task": [{"layers": 4, "width": 128, "heads": 4, "context": 128, "batch": 8}]}
+AXES = {
+    "width": [{"width": width, "heads": width // 64} for width in (128, 256, 768)],
+    "rank": [{"rank": rank} for rank in (2, 16, 64)],
+    "batch": [{"batch": batch} for batch in (1, 16)],
+    "task": [{"layers": 4, "width": 128, "heads": 4, "context": 128, "batch": 8}],
+}
 QUICK = {"layers": 1, "width": 64, "heads": 1, "context": 32, "batch": 2, "rank": 4}
-VARIANTS = ["limit", "full", "LoRA", "TriAdaptLoRA", "TriAdaptLoRA, grown", "TriAdaptLoRA, by hand",
-            "TriAdaptLoRA, dense by hand"]
+VARIANTS = [
+    "limit",
+    "full",
+    "LoRA",
+    "TriAdaptLoRA",
+    "TriAdaptLoRA, grown",
+    "TriAdaptLoRA, by hand",
+    "TriAdaptLoRA, dense by hand",
+]
 VARIANTS += ["peft LoRA", "peft AdaLoRA"] if importlib.util.find_spec("peft") else []
 
 
@@ -49,7 +60,9 @@ class Product(torch.autograd.Function):
     """y = W x + b + s up^T A x with a backward that adds both terms of dL/dx in place, where autograd makes two tensors."""
 
     @staticmethod
-    def forward(context, x, weight, bias, A, up, scale):  # (n, d_in), (d_out, d_in), (d_out,), (r, d_in), (r, d_out)
+    def forward(
+        context, x, weight, bias, A, up, scale
+    ):  # (n, d_in), (d_out, d_in), (d_out,), (r, d_in), (r, d_out)
         h = x @ A.t()  # (n, r)
         context.save_for_backward(x, weight, A, up, h)
         context.scale = scale
@@ -59,15 +72,25 @@ class Product(torch.autograd.Function):
     def backward(context, grad):  # (n, d_out)
         x, weight, A, up, h = context.saved_tensors
         grad_h = context.scale * (grad @ up.t())
-        return (grad @ weight).addmm_(grad_h, A), None, None, grad_h.t() @ x, context.scale * (h.t() @ grad), None
+        return (
+            (grad @ weight).addmm_(grad_h, A),
+            None,
+            None,
+            grad_h.t() @ x,
+            context.scale * (h.t() @ grad),
+            None,
+        )
 
 
 class ByHand(TriAdaptLinear):
     """TriAdaptLinear without dropout, through Product."""
+
     PRODUCT = Product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.PRODUCT.apply(x.flatten(0, -2), self.base.weight, self.base.bias, self.lora_A, self.up(), self.scale)
+        y = self.PRODUCT.apply(
+            x.flatten(0, -2), self.base.weight, self.base.bias, self.lora_A, self.up(), self.scale
+        )
         return y.view(*x.shape[:-1], -1)
 
 
@@ -75,7 +98,9 @@ class GPTWithLoss(GPT):
     """Called with a batch, it gives the loss in the form to which peft's AdaLoRA adds its penalty."""
 
     def forward(self, batch) -> argparse.Namespace:
-        return argparse.Namespace(loss=predict(super().forward, *batch, batch[0].device)[0] / batch[1].numel())
+        return argparse.Namespace(
+            loss=predict(super().forward, *batch, batch[0].device)[0] / batch[1].numel()
+        )
 
 
 class DenseProduct(torch.autograd.Function):
@@ -110,24 +135,48 @@ class Variant:
         if name == "limit":
             gpt.requires_grad_(False)
             for matrix in "qkv":  # the first outputs that an adapter needs the gradient of
-                getattr(gpt.blocks[0], matrix).register_forward_hook(lambda module, x, y: y.requires_grad_())
+                getattr(gpt.blocks[0], matrix).register_forward_hook(
+                    lambda module, x, y: y.requires_grad_()
+                )
         elif name == "LoRA":
             add_adapters(gpt, MATRICES, "lora", rank)
         elif name.startswith("TriAdaptLoRA"):
             method = name.partition(", ")[2] if "by hand" in name else "triadapt"
-            adapters = add_adapters(gpt, MATRICES, method, rank, (rank + 1) // 2 if "grown" in name else rank)
+            adapters = add_adapters(
+                gpt, MATRICES, method, rank, (rank + 1) // 2 if "grown" in name else rank
+            )
         elif name.startswith("peft"):
             from peft import AdaLoraConfig, LoraConfig, get_peft_model
-            config = (LoraConfig(r=rank, target_modules=MATRICES) if name == "peft LoRA" else
-                      AdaLoraConfig(init_r=rank, target_r=rank, total_step=10 ** 6, target_modules=MATRICES))
-            self.model = get_peft_model(gpt, config).base_model  # the wrapper around it would skip the penalty
+
+            config = (
+                LoraConfig(r=rank, target_modules=MATRICES)
+                if name == "peft LoRA"
+                else AdaLoraConfig(
+                    init_r=rank, target_r=rank, total_step=10**6, target_modules=MATRICES
+                )
+            )
+            self.model = get_peft_model(
+                gpt, config
+            ).base_model  # the wrapper around it would skip the penalty
         trained = [p for p in self.model.parameters() if p.requires_grad] or [torch.zeros(1)]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
         self.step()  # the optimiser makes its state
         if "grown" in name:
-            allocator = RankAllocator(adapters, self.optimizer, schedule="fixed", top_k=len(adapters), target_rank=rank,
-                                      rank_step=(rank + 7) // 8, total_steps=rank, warmup=0, interval=1)
-            steps = [(seconds(self.step), seconds(lambda: allocator.step(t))) for t, _ in planned_growth(allocator)]
+            allocator = RankAllocator(
+                adapters,
+                self.optimizer,
+                schedule="fixed",
+                top_k=len(adapters),
+                target_rank=rank,
+                rank_step=(rank + 7) // 8,
+                total_steps=rank,
+                warmup=0,
+                interval=1,
+            )
+            steps = [
+                (seconds(self.step), seconds(lambda: allocator.step(t)))
+                for t, _ in planned_growth(allocator)
+            ]
             self.allocation = statistics.median(growth / step for step, growth in steps)
             self.step()
 
@@ -135,15 +184,24 @@ class Variant:
         """A training step: the seconds of forward, backward and optimiser."""
         self.model.zero_grad()
         losses = []
-        return [seconds(lambda: losses.append(self.model(self.batch).loss)), seconds(lambda: losses[0].backward()),
-                seconds(self.optimizer.step)]
+        return [
+            seconds(lambda: losses.append(self.model(self.batch).loss)),
+            seconds(lambda: losses[0].backward()),
+            seconds(self.optimizer.step),
+        ]
 
     def held_bytes(self) -> int:
         """Memory in use between forward and backward."""
-        held = [t for p in self.model.parameters() for t in (p, p.grad, *self.optimizer.state.get(p, {}).values())]
+        held = [
+            t
+            for p in self.model.parameters()
+            for t in (p, p.grad, *self.optimizer.state.get(p, {}).values())
+        ]
         # The graph itself gets None to keep: an output that it kept by such a hook would hold the graph, for good.
         with torch.autograd.graph.saved_tensors_hooks(held.append, lambda _: None):
-            held.append(self.model(self.batch).loss)  # all stay alive, so that no address comes twice
+            held.append(
+                self.model(self.batch).loss
+            )  # all stay alive, so that no address comes twice
         storages = [t.untyped_storage() for t in held if torch.is_tensor(t)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -162,11 +220,16 @@ def measure(settings: dict, device: torch.device) -> dict:
     torch.manual_seed(0)
     config = GPTConfig(**{name: settings[name] for name in ("layers", "width", "heads", "context")})
     base = GPTWithLoss(config).to(device)
-    batch = torch.randint(config.vocab_size, (2, settings["batch"], config.context), device=device).unbind()
+    batch = torch.randint(
+        config.vocab_size, (2, settings["batch"], config.context), device=device
+    ).unbind()
     variants, parts, held, peak = {}, {}, {}, {}
     for name in settings["variants"]:
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        variants[name], parts[name] = Variant(name, copy.deepcopy(base), settings["rank"], batch), []
+        variants[name], parts[name] = (
+            Variant(name, copy.deepcopy(base), settings["rank"], batch),
+            [],
+        )
         held[name] = variants[name].held_bytes()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -176,19 +239,36 @@ def measure(settings: dict, device: torch.device) -> dict:
         for name, variant in variants.items():
             parts[name].append(variant.step())
     times = {name: [sum(step) for step in steps] for name, steps in parts.items()}
-    ratios = {name: [own / limit for own, limit in zip(times[name], times["limit"])] for name in variants}
-    shares = {name: [statistics.median(part) / statistics.median(times["limit"]) for part in zip(*steps)]
-              for name, steps in parts.items()}
-    return {"settings": settings, "ratio": {name: round(statistics.median(r), 3) for name, r in ratios.items()},
-            "quartiles": {name: [round(q, 3) for q in statistics.quantiles(r)[::2]] for name, r in ratios.items()},
-            "parts": {name: [round(share, 3) for share in own] for name, own in shares.items()},
-            "tokens_per_second": {name: batch[0].numel() / statistics.median(own) for name, own in times.items()},
-            "allocation": variants["TriAdaptLoRA, grown"].allocation, "held_bytes": held, "peak_bytes": peak}
+    ratios = {
+        name: [own / limit for own, limit in zip(times[name], times["limit"])] for name in variants
+    }
+    shares = {
+        name: [statistics.median(part) / statistics.median(times["limit"]) for part in zip(*steps)]
+        for name, steps in parts.items()
+    }
+    return {
+        "settings": settings,
+        "ratio": {name: round(statistics.median(r), 3) for name, r in ratios.items()},
+        "quartiles": {
+            name: [round(q, 3) for q in statistics.quantiles(r)[::2]] for name, r in ratios.items()
+        },
+        "parts": {name: [round(share, 3) for share in own] for name, own in shares.items()},
+        "tokens_per_second": {
+            name: batch[0].numel() / statistics.median(own) for name, own in times.items()
+        },
+        "allocation": variants["TriAdaptLoRA, grown"].allocation,
+        "held_bytes": held,
+        "peak_bytes": peak,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--axes", nargs="*", choices=AXES, default=[*AXES], help="what varies around the centre")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--axes", nargs="*", choices=AXES, default=[*AXES], help="what varies around the centre"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
@@ -198,9 +278,16 @@ def main() -> None:
         parser.error(f"--rounds {args.rounds}: quartiles need 2 or more")
     device = pick_device(None)
     torch.set_num_threads(args.threads)
-    common = {"variants": VARIANTS, "rounds": args.rounds, "threads": args.threads, "torch": torch.__version__,
-              "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type}
-    for change in [QUICK] if args.quick else [{}] + [change for axis in args.axes for change in AXES[axis]]:
+    common = {
+        "variants": VARIANTS,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+    }
+    for change in (
+        [QUICK] if args.quick else [{}] + [change for axis in args.axes for change in AXES[axis]]
+    ):
         settings = CENTRE | change | common
         text = args.results.read_text() if args.results.exists() else ""
         if settings not in [json.loads(line)["settings"] for line in text.splitlines()]:

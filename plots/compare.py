@@ -9,6 +9,7 @@ validation result of seed 0; then it runs on the other seeds. Test results are o
 was best on validation. A line of plots/compare.jsonl is a finished run with its whole configuration, never edited.
 `python plots/draw.py` makes the tables and figures of them.
 """
+
 import argparse
 import contextlib
 import functools
@@ -28,24 +29,46 @@ import train  # noqa: E402
 from data import batch, text_examples  # noqa: E402
 from plots import adalora, signals  # noqa: E402
 
-TASKS = {"prose": [], "prose, 20 000 tokens": [],
-         "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"]}
+TASKS = {
+    "prose": [],
+    "prose, 20 000 tokens": [],
+    "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"],
+}
 TOKENS = {"prose, 20 000 tokens": 20_000}  # of the training text; of the others all
 COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "60"]
-ROWS = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
-        "core, no growth": ["--schedule", "none"], "linear": ["--schedule", "linear"],
-        "exponential": ["--schedule", "exponential"], "fixed": ["--schedule", "fixed"]}
-ROWS |= {f"linear, {signal}": ["--score", signal] for signal in signals.SIGNALS if signal != "importance"}
+ROWS = {
+    "full fine-tuning": ["--method", "full"],
+    "LoRA": ["--method", "lora"],
+    "core, no growth": ["--schedule", "none"],
+    "linear": ["--schedule", "linear"],
+    "exponential": ["--schedule", "exponential"],
+    "fixed": ["--schedule", "fixed"],
+}
+ROWS |= {
+    f"linear, {signal}": ["--score", signal] for signal in signals.SIGNALS if signal != "importance"
+}
 # Chosen with `worth` on validation, seeds 10 and 11: the ratio of 1, 0.3, 0.1, 0.03 and 0, then the rank of 1, 2, 3, 4 and 6.
 SLOW, SMALL = ["--core-lr-ratio", "0.1"], ["--init-rank", "2"]
 ROWS["core, no growth, slow core"] = ["--schedule", "none", *SLOW]
-ROWS |= {f"linear, {signal}, equal numbers, slow core": ["--score", f"{signal}, equal numbers", *SLOW]
-         for signal in ("importance", "random", "uniform", "worth")}
-ROWS |= {f"linear, {signal}, equal numbers, slow core, from rank 2": ["--score", f"{signal}, equal numbers", *SLOW, *SMALL]
-         for signal in ("random", "uniform", "worth")}
+ROWS |= {
+    f"linear, {signal}, equal numbers, slow core": ["--score", f"{signal}, equal numbers", *SLOW]
+    for signal in ("importance", "random", "uniform", "worth")
+}
+ROWS |= {
+    f"linear, {signal}, equal numbers, slow core, from rank 2": [
+        "--score",
+        f"{signal}, equal numbers",
+        *SLOW,
+        *SMALL,
+    ]
+    for signal in ("random", "uniform", "worth")
+}
 ROWS |= {adalora.ROW: ["--method", "full"]}  # peft puts its own adapters into a model that has none
-RATES = {"prose": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), "prose, 20 000 tokens": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
-         "modules": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2)}  # of adapters; full fine-tuning tries a fifth of each
+RATES = {
+    "prose": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+    "prose, 20 000 tokens": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
+    "modules": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2),
+}  # of adapters; full fine-tuning tries a fifth of each
 
 
 class Measured(train.Run):
@@ -56,7 +79,9 @@ class Measured(train.Run):
 
     def sizes(self) -> dict[int, int]:
         """{step: how many numbers are trained after it}, where that changes."""
-        grown = {entry["step"]: entry["trainable"] for entry in self.log if entry["kind"] == "allocation"}
+        grown = {
+            entry["step"]: entry["trainable"] for entry in self.log if entry["kind"] == "allocation"
+        }
         return {0: self.log[0]["trainable"]} | grown
 
 
@@ -77,8 +102,10 @@ def code_loss(run: train.Run) -> float:
     head, run.model.head = run.model.head, None  # of a classifier
     context = run.model.config.context
     chosen = code_windows(run.tokenizer.to_str(), context)
-    total = sum(train.predict(run.model, *batch(chosen, part), run.device)[0].item()
-                for part in torch.arange(len(chosen)).split(8))
+    total = sum(
+        train.predict(run.model, *batch(chosen, part), run.device)[0].item()
+        for part in torch.arange(len(chosen)).split(8)
+    )
     run.model.head = head
     return total / (len(chosen) * context)
 
@@ -86,11 +113,22 @@ def code_loss(run: train.Run) -> float:
 def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> dict:
     """One silent run, as a line of results."""
     folder = f"runs/compare/{task}-{row}-{rate:g}-{seed}".replace(" ", "_")
-    given = [*COMMON, *TASKS[task], *ROWS[row], "--lr", str(rate), "--seed", str(seed), "--out", folder, *options]
+    given = [
+        *COMMON,
+        *TASKS[task],
+        *ROWS[row],
+        "--lr",
+        str(rate),
+        "--seed",
+        str(seed),
+        "--out",
+        folder,
+        *options,
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         run = (MeasuredAdaLoRA if row == adalora.ROW else Measured)(train.parse_args(given))
         if task in TOKENS:
-            run.examples["train"] = run.examples["train"][:TOKENS[task] - run.model.config.context]
+            run.examples["train"] = run.examples["train"][: TOKENS[task] - run.model.config.context]
         before = code_loss(run)
         run.train()
     evals = [entry for entry in run.log if entry["kind"] == "eval"]
@@ -98,19 +136,36 @@ def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> 
     metrics = [key.removeprefix("val_") for key in evals[-1] if key.startswith("val_")]
     trainable = run.sizes()
     steps = [*trainable, run.args.steps]
-    mean = sum(n * (end - start) for (start, n), end in zip(trainable.items(), steps[1:])) / run.args.steps
-    line = {"task": task, "row": row, "rate": rate, "seed": seed, "settings": vars(run.args),
-            "before": {key: run.log[0][f"test_{key}"] for key in metrics},
-            "val": {key: evals[-1][f"val_{key}"] for key in metrics},
-            "best_val": {key: best[f"val_{key}"] for key in metrics},
-            "test": {key: evals[-1][f"test_{key}"] for key in metrics},
-            "best_test": {key: best[f"test_{key}"] for key in metrics}, "best_step": best["step"],
-            "forgetting": code_loss(run) - before, "ranks": run.log[-1]["ranks"],
-            "trainable": {"initial": trainable[0], "peak": max(trainable.values()), "mean": round(mean),
-                          "final": run.log[-1]["trainable"]},
-            "seconds": run.seconds, "growth_seconds": run.growth_seconds,
-            "file_bytes": (run.out / "adapter.pt").stat().st_size, "torch": torch.__version__,
-            "peak_bytes": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None}
+    mean = (
+        sum(n * (end - start) for (start, n), end in zip(trainable.items(), steps[1:]))
+        / run.args.steps
+    )
+    line = {
+        "task": task,
+        "row": row,
+        "rate": rate,
+        "seed": seed,
+        "settings": vars(run.args),
+        "before": {key: run.log[0][f"test_{key}"] for key in metrics},
+        "val": {key: evals[-1][f"val_{key}"] for key in metrics},
+        "best_val": {key: best[f"val_{key}"] for key in metrics},
+        "test": {key: evals[-1][f"test_{key}"] for key in metrics},
+        "best_test": {key: best[f"test_{key}"] for key in metrics},
+        "best_step": best["step"],
+        "forgetting": code_loss(run) - before,
+        "ranks": run.log[-1]["ranks"],
+        "trainable": {
+            "initial": trainable[0],
+            "peak": max(trainable.values()),
+            "mean": round(mean),
+            "final": run.log[-1]["trainable"],
+        },
+        "seconds": run.seconds,
+        "growth_seconds": run.growth_seconds,
+        "file_bytes": (run.out / "adapter.pt").stat().st_size,
+        "torch": torch.__version__,
+        "peak_bytes": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None,
+    }
     shutil.rmtree(run.out)
     return line
 
@@ -128,11 +183,15 @@ def rates_of(task: str, row: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS)
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: the rows i, i + n, i + 2n, ...")
+    parser.add_argument(
+        "--share", type=int, nargs=2, default=(0, 1), help="i n: the rows i, i + n, i + 2n, ..."
+    )
     parser.add_argument("--results", type=Path, default=HERE / "compare.jsonl")
     args, options = parser.parse_known_args()
     args.results.touch()
@@ -142,11 +201,16 @@ def main() -> None:
     if "modules" in args.tasks:
         rows = data.module_rows()
         data.module_rows = lambda: rows  # parsed once for all runs
-    pairs = [(task, row) for task in args.tasks for row in args.rows][args.share[0]::args.share[1]]
+    pairs = [(task, row) for task in args.tasks for row in args.rows][
+        args.share[0] :: args.share[1]
+    ]
     for seed in range(args.seeds):
         for task, row in pairs:
-            cells = [cell for cell in map(json.loads, args.results.read_text().splitlines())
-                     if (cell["task"], cell["row"]) == (task, row)]
+            cells = [
+                cell
+                for cell in map(json.loads, args.results.read_text().splitlines())
+                if (cell["task"], cell["row"]) == (task, row)
+            ]
             rates = rates_of(task, row)
             done = {(cell["rate"], cell["seed"]) for cell in cells}
             for rate in rates if seed == 0 else best_rate(cells, rates):
@@ -154,8 +218,10 @@ def main() -> None:
                     line = measure(task, row, rate, seed, options)
                     with open(args.results, "a") as file:
                         file.write(json.dumps(line) + "\n")
-                    print(f"{task}; {row}; rate {rate:g}; seed {seed}; test {line['test']}; {line['seconds']:.0f} s",
-                          flush=True)
+                    print(
+                        f"{task}; {row}; rate {rate:g}; seed {seed}; test {line['test']}; {line['seconds']:.0f} s",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

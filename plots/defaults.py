@@ -7,6 +7,7 @@ Each finished run is a line of plots/defaults.jsonl, so that a stopped sweep goe
 makes the table in plots/RESULTS.md from it. The learning rate of every method is chosen here too, on the validation split; the rows of
 GROWTH take the default's.
 """
+
 import argparse
 import contextlib
 import io
@@ -18,10 +19,18 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 
-METHOD = {"full fine-tuning": ["--method", "full"], "LoRA": ["--method", "lora"],
-          "triangular core, no growth": ["--schedule", "none"], "linear growth, interval 3": ["--interval", "3"]}
-RATES = {"full fine-tuning": (1e-3, 2e-3, 4e-3), "LoRA": (5e-3, 1e-2, 2e-2, 4e-2),
-         "triangular core, no growth": (5e-3, 1e-2, 2e-2, 4e-2), "linear growth, interval 3": (5e-3, 1e-2, 2e-2, 4e-2)}
+METHOD = {
+    "full fine-tuning": ["--method", "full"],
+    "LoRA": ["--method", "lora"],
+    "triangular core, no growth": ["--schedule", "none"],
+    "linear growth, interval 3": ["--interval", "3"],
+}
+RATES = {
+    "full fine-tuning": (1e-3, 2e-3, 4e-3),
+    "LoRA": (5e-3, 1e-2, 2e-2, 4e-2),
+    "triangular core, no growth": (5e-3, 1e-2, 2e-2, 4e-2),
+    "linear growth, interval 3": (5e-3, 1e-2, 2e-2, 4e-2),
+}
 GROWTH = {  # what the row is called: the options that make it
     "linear growth, interval 1": ["--interval", "1"],
     "linear growth, interval 10, warm-up 30": ["--interval", "10", "--warmup", "30"],
@@ -29,7 +38,13 @@ GROWTH = {  # what the row is called: the options that make it
     "exponential growth, interval 3": ["--interval", "3", "--schedule", "exponential"],
     "fixed growth (top-k 4), interval 3": ["--interval", "3", "--schedule", "fixed"],
     "linear growth by worth, numbers of LoRA, slow core, from rank 2": [
-        "--score", "worth, equal numbers", "--core-lr-ratio", "0.1", "--init-rank", "2"],
+        "--score",
+        "worth, equal numbers",
+        "--core-lr-ratio",
+        "0.1",
+        "--init-rank",
+        "2",
+    ],
 }
 
 
@@ -38,7 +53,11 @@ def rows(done: list[dict]) -> dict[str, list[str]]:
     table = {}
     for name, rates in RATES.items():
         options = {f"{name}, lr {rate:g}": [*METHOD[name], "--lr", str(rate)] for rate in rates}
-        losses = {cell["row"]: cell["val_loss"] for cell in done if cell["row"] in options and cell["seed"] == 0}
+        losses = {
+            cell["row"]: cell["val_loss"]
+            for cell in done
+            if cell["row"] in options and cell["seed"] == 0
+        }
         if len(losses) == len(options):
             options = {row: options[row] for row in [min(losses, key=losses.get)]}
         table |= options
@@ -47,18 +66,36 @@ def rows(done: list[dict]) -> dict[str, list[str]]:
 
 def measure(row: str, seed: int, options: list[str], common: list[str]) -> dict:
     """One run through train.py's own code, silently."""
-    arguments = [*options, "--seed", str(seed), "--out", f"runs/defaults/{row.replace(' ', '_')}-{seed}", *common]
+    arguments = [
+        *options,
+        "--seed",
+        str(seed),
+        "--out",
+        f"runs/defaults/{row.replace(' ', '_')}-{seed}",
+        *common,
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         run = train.main(arguments)
     evals = [entry for entry in run.log if entry["kind"] == "eval"]
     allocations = [entry["step"] for entry in run.log if entry["kind"] == "allocation"]
-    return {"row": row, "seed": seed, "settings": vars(run.args), "base_loss": run.log[0]["test_loss"],
-            "test_loss": run.log[-1]["test_loss"], "val_loss": evals[-1]["val_loss"], "trainable": run.log[-1]["trainable"],
-            "spent_at": max(allocations, default=0), "seconds": run.seconds, "growth_seconds": run.growth_seconds}
+    return {
+        "row": row,
+        "seed": seed,
+        "settings": vars(run.args),
+        "base_loss": run.log[0]["test_loss"],
+        "test_loss": run.log[-1]["test_loss"],
+        "val_loss": evals[-1]["val_loss"],
+        "trainable": run.log[-1]["trainable"],
+        "spent_at": max(allocations, default=0),
+        "seconds": run.seconds,
+        "growth_seconds": run.growth_seconds,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--results", type=Path, default=HERE / "defaults.jsonl")

@@ -12,6 +12,7 @@ are skipped.
 Each change alone moves the output by the same KL divergence. Scaled to one fraction of their matrices' norms instead,
 they would differ by four orders of magnitude, and those in q and k of the later blocks could not be seen at all.
 """
+
 import argparse
 import copy
 import json
@@ -50,6 +51,7 @@ class Gate(Total):
 
 class SensitivityOfAB(Sensitivity):
     """IncreLoRA has no core, so here it does not count."""
+
     LEFT_OUT = ("lora_L", "lora_U")
 
 
@@ -62,14 +64,24 @@ class Gradient(RankAllocator):
 
 class Oracle(RankAllocator):
     """Knows the planted ranks, which measure() tells it."""
+
     planted = {}
 
     def scores(self) -> dict[str, float]:
         return {name: self.planted[name] - adapter.rank for name, adapter in self.adapters.items()}
 
 
-SIGNALS = {"random": Random, "uniform": Uniform, "paper": RankAllocator, "gradient": Gradient,
-           "increlora": SensitivityOfAB, "gate": Gate, "worth": Total, "worth per rank": Worth, "oracle": Oracle}
+SIGNALS = {
+    "random": Random,
+    "uniform": Uniform,
+    "paper": RankAllocator,
+    "gradient": Gradient,
+    "increlora": SensitivityOfAB,
+    "gate": Gate,
+    "worth": Total,
+    "worth per rank": Worth,
+    "oracle": Oracle,
+}
 
 
 def divergence(model, teacher, ids) -> torch.Tensor:
@@ -84,17 +96,28 @@ def plant(base, targets: list[str], ids, seed: int, effect: float) -> tuple:
     generator, inputs = torch.Generator().manual_seed(seed), {}
     teacher, alone = copy.deepcopy(base), copy.deepcopy(base)
     names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in targets]
-    hooks = [base.get_submodule(name).register_forward_pre_hook(
-        lambda module, x, name=name: inputs.update({name: x[0].flatten(0, -2)})) for name in names]
+    hooks = [
+        base.get_submodule(name).register_forward_pre_hook(
+            lambda module, x, name=name: inputs.update({name: x[0].flatten(0, -2)})
+        )
+        for name in names
+    ]
     base(ids)
     for hook in hooks:
         hook.remove()
     planted = dict.fromkeys(names, 0)
-    for i, rank in zip(torch.randperm(len(names), generator=generator)[:len(names) // 3].tolist(), RANKS):
+    for i, rank in zip(
+        torch.randperm(len(names), generator=generator)[: len(names) // 3].tolist(), RANKS
+    ):
         name, weight, x = names[i], alone.get_submodule(names[i]).weight, inputs[names[i]]
         rows = torch.randn(rank, len(x), generator=generator) @ (x - x.mean(0))
         change = torch.randn(len(weight), rank, generator=generator) @ rows
-        change, original, low, high = change * weight.norm() / change.norm(), weight.clone(), 0.01, 20.0
+        change, original, low, high = (
+            change * weight.norm() / change.norm(),
+            weight.clone(),
+            0.01,
+            20.0,
+        )
         for _ in range(8):  # bisection in the logarithm
             scale = (low * high) ** 0.5
             weight.copy_(original + scale * change)
@@ -123,16 +146,29 @@ def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
     sample = torch.cat([draw(1_000_000 + seed, step) for step in range(4)])
     teacher, planted = plant(base, config["targets"], sample, seed, config["effect"])
     torch.manual_seed(seed)
-    adapters = add_adapters(student, config["targets"], rank=TARGET_RANK, init_rank=1, alpha=2 * TARGET_RANK)
+    adapters = add_adapters(
+        student, config["targets"], rank=TARGET_RANK, init_rank=1, alpha=2 * TARGET_RANK
+    )
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    allocator = SIGNALS[signal](adapters, optimizer, schedule="fixed", top_k=config["top_k"], target_rank=TARGET_RANK,
-                                total_steps=steps, warmup=config["warmup"], interval=config["interval"])
+    allocator = SIGNALS[signal](
+        adapters,
+        optimizer,
+        schedule="fixed",
+        top_k=config["top_k"],
+        target_rank=TARGET_RANK,
+        total_steps=steps,
+        warmup=config["warmup"],
+        interval=config["interval"],
+    )
     allocator.planted = planted  # for the oracle alone
 
     @torch.no_grad()
     def validate() -> float:
-        chosen = (batch(examples["val"], part)[0] for part in torch.arange(len(examples["val"])).split(size)[:32])
+        chosen = (
+            batch(examples["val"], part)[0]
+            for part in torch.arange(len(examples["val"])).split(size)[:32]
+        )
         return float(np.mean([divergence(student, teacher, ids).item() for ids in chosen]))
 
     before = validate()
@@ -146,19 +182,34 @@ def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
         allocator.step(step)
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
     both = ordinal(ranks.values()), ordinal(planted.values())
-    share = sum(ranks[name] - 1 for name in ranks if planted[name]) / (allocator.total_rank - len(ranks))
+    share = sum(ranks[name] - 1 for name in ranks if planted[name]) / (
+        allocator.total_rank - len(ranks)
+    )
     correlation = float(np.corrcoef(*both)[0, 1]) if min(x.std() for x in both) else 0.0
-    return {"signal": signal, "seed": seed, "share": share, "correlation": correlation, "kl_before": before,
-            "kl": validate(), "ranks": ranks, "planted": planted, "seconds": time.process_time() - began}
+    return {
+        "signal": signal,
+        "seed": seed,
+        "share": share,
+        "correlation": correlation,
+        "kl_before": before,
+        "kl": validate(),
+        "ranks": ranks,
+        "planted": planted,
+        "seconds": time.process_time() - began,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--signals", nargs="+", default=[*SIGNALS], choices=[*SIGNALS])
     parser.add_argument("--top-k", type=int, default=4, help="matrices that grow at an allocation")
-    parser.add_argument("--effect", type=float, default=0.03, help="KL divergence that each change alone makes")
+    parser.add_argument(
+        "--effect", type=float, default=0.03, help="KL divergence that each change alone makes"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "planted.jsonl")
     args, more = parser.parse_known_args()  # more: train.py's, such as --base and --data
     settings = train.parse_args(["--data", "code", "--batch-size", "4", "--device", "cpu", *more])
@@ -166,20 +217,38 @@ def main() -> None:
     base, tokenizer = train.load_base(settings, torch.device("cpu"))
     context = min(CONTEXT, base.config.context)
     examples, _ = text_examples(settings.data, tokenizer, context)
-    config = {"steps": args.steps, "top_k": args.top_k, "effect": args.effect, "lr": settings.lr, "context": context,
-              "batch_size": settings.batch_size, "warmup": args.steps * 3 // 10, "interval": max(1, args.steps // 25),
-              "target_rank": TARGET_RANK, "smoothing": Worth.SMOOTHING, "targets": settings.targets.split("|"),
-              "data": settings.data, "base": settings.base, "base_steps": settings.base_steps}
+    config = {
+        "steps": args.steps,
+        "top_k": args.top_k,
+        "effect": args.effect,
+        "lr": settings.lr,
+        "context": context,
+        "batch_size": settings.batch_size,
+        "warmup": args.steps * 3 // 10,
+        "interval": max(1, args.steps // 25),
+        "target_rank": TARGET_RANK,
+        "smoothing": Worth.SMOOTHING,
+        "targets": settings.targets.split("|"),
+        "data": settings.data,
+        "base": settings.base,
+        "base_steps": settings.base_steps,
+    }
     args.results.touch()
     done = [json.loads(line) for line in args.results.read_text().splitlines()]
     for seed in range(args.seeds):
         for signal in args.signals:
-            if not any(cell["signal"] == signal and cell["seed"] == seed and cell["config"] == config for cell in done):
+            if not any(
+                cell["signal"] == signal and cell["seed"] == seed and cell["config"] == config
+                for cell in done
+            ):
                 cell = measure(signal, seed, base, examples, config) | {"config": config}
                 with open(args.results, "a") as file:
                     file.write(json.dumps(cell) + "\n")
-                print(f"{signal}, seed {seed}: share {cell['share']:.2f}, correlation {cell['correlation']:.2f}, "
-                      f"KL {cell['kl_before']:.3f} -> {cell['kl']:.4f}, {cell['seconds']:.0f} s", flush=True)
+                print(
+                    f"{signal}, seed {seed}: share {cell['share']:.2f}, correlation {cell['correlation']:.2f}, "
+                    f"KL {cell['kl_before']:.3f} -> {cell['kl']:.4f}, {cell['seconds']:.0f} s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Each is a RankAllocator with other scores(). What it has to remember is in self.state, so a checkpoint holds it.
 They are the choices of train.py's --score.
 """
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +28,7 @@ class Uniform(RankAllocator):
 
 class Sensitivity(RankAllocator):
     """IncreLoRA's signal (Zhang et al. 2023): |w dL/dw|, smoothed over steps, times its smoothed uncertainty."""
+
     LEFT_OUT = ()  # tensors that do not count
 
     def step(self, t: int) -> list[str]:
@@ -48,8 +50,12 @@ class Sensitivity(RankAllocator):
     def scores(self) -> dict[str, float]:
         if "moments" not in self.state:  # before the first step
             return dict.fromkeys(self.adapters, 0.0)
-        return {name: torch.cat([(mean * spread).flatten() for mean, spread in tensors.values()]).mean().item()
-                for name, tensors in self.state["moments"].items()}
+        return {
+            name: torch.cat([(mean * spread).flatten() for mean, spread in tensors.values()])
+            .mean()
+            .item()
+            for name, tensors in self.state["moments"].items()
+        }
 
 
 class Worth(RankAllocator):
@@ -58,9 +64,12 @@ class Worth(RankAllocator):
     dL/dy . delta_weight x is, to first order, what the change does to the loss at one token. Squared before the sum, so
     that tokens which gain and tokens which lose do not cancel.
     """
+
     SMOOTHING = 0.97
 
-    def __init__(self, adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, **settings):
+    def __init__(
+        self, adapters: dict[str, LoRALinear], optimizer: torch.optim.Optimizer, **settings
+    ):
         super().__init__(adapters, optimizer, **settings)
         self.state["worth"], self.now = dict.fromkeys(adapters, 0.0), {}
         for name, adapter in adapters.items():
@@ -73,6 +82,7 @@ class Worth(RankAllocator):
 
     def watch(self, name: str, adapter: LoRALinear) -> None:
         """Add up in self.now[name] what each backward pass tells; those between two step() belong together."""
+
         def forward(module: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:
             if output.requires_grad:  # not in evaluation
                 x = inputs[0].detach().flatten(0, -2)
@@ -81,7 +91,9 @@ class Worth(RankAllocator):
         @torch.no_grad()
         def backward(module: LoRALinear, x: Tensor, grad: Tensor) -> None:
             # s (dL/dy B (L + U)) . (A x) is the product without the (tokens, d_out) change itself.
-            products = module.scale * ((grad.float() @ module.up().t()) * F.linear(x.float(), module.lora_A)).sum(-1)
+            products = module.scale * (
+                (grad.float() @ module.up().t()) * F.linear(x.float(), module.lora_A)
+            ).sum(-1)
             self.now[name] = self.now.get(name, 0.0) + self.value(products)
 
         if hasattr(adapter, "watched"):  # by an earlier allocator: the newest one takes over
@@ -99,7 +111,9 @@ class Worth(RankAllocator):
         return super().step(t)
 
     def scores(self) -> dict[str, float]:
-        return {name: worth / self.adapters[name].rank for name, worth in self.state["worth"].items()}
+        return {
+            name: worth / self.adapters[name].rank for name, worth in self.state["worth"].items()
+        }
 
 
 PRICES = {}  # kept, as an allocation asks for hundreds
@@ -124,13 +138,17 @@ class EqualNumbers(RankAllocator):
     @property
     def rest(self) -> int:
         """The numbers that are left to be spent."""
-        return self.numbers - sum(getattr(a, name).numel() for a in self.adapters.values() for name in a.GROWS_ALONG)
+        return self.numbers - sum(
+            getattr(a, name).numel() for a in self.adapters.values() for name in a.GROWS_ALONG
+        )
 
     @property
     def rank_step(self) -> int:
         """The rank step given, or less where only less fits; 0 at the end."""
         steps, rest = range(self.most, 0, -1), self.rest
-        return next((n for n in steps if any(price(a, n) <= rest for a in self.adapters.values())), 0)
+        return next(
+            (n for n in steps if any(price(a, n) <= rest for a in self.adapters.values())), 0
+        )
 
     @rank_step.setter
     def rank_step(self, ranks: int) -> None:
@@ -157,6 +175,14 @@ class EqualNumbers(RankAllocator):
 
 
 # train.py's --score. The importance is the paper's; a fork adds its own here.
-SIGNALS = {"importance": RankAllocator, "random": Random, "uniform": Uniform, "sensitivity": Sensitivity, "worth": Worth}
-SIGNALS |= {f"{name}, equal numbers": type(f"EqualNumbers{signal.__name__}", (EqualNumbers, signal), {})
-            for name, signal in SIGNALS.items()}
+SIGNALS = {
+    "importance": RankAllocator,
+    "random": Random,
+    "uniform": Uniform,
+    "sensitivity": Sensitivity,
+    "worth": Worth,
+}
+SIGNALS |= {
+    f"{name}, equal numbers": type(f"EqualNumbers{signal.__name__}", (EqualNumbers, signal), {})
+    for name, signal in SIGNALS.items()
+}
