@@ -1,34 +1,23 @@
-"""GPT-2, small or as published: the model that train.py pretrains or loads, then adapts. It knows nothing of adapters.
+"""GPT-2, small or as published: the model to adapt. It knows nothing of adapters.
 
-It is GPT-2 to the last constant, but for dropout: learned positions, layer norm before each sub-layer, tanh GELU, a
-head tied to the token embedding. q, k and v are three Linears instead of one c_attn, so that each of a block's six
-matrices can be adapted, grown and named: blocks.0.q, .k, .v, .o, .fc and .proj.
+It is GPT-2 to the last constant, but for dropout: learned positions, layer norm before each
+sub-layer, tanh GELU, a head tied to the token embedding. q, k and v are three Linears instead of
+one c_attn, so that each of a block's six matrices can be adapted, grown and named:
+blocks.0.q, .k, .v, .o, .fc and .proj.
 """
 
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import torch
-from huggingface_hub import snapshot_download
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from data import END_OF_TEXT, load
-from triadapt import needing
 
-# Parts of published names, and ours. Some files have the names of a GPT2LMHeadModel, some of the GPT2Model in it.
-RENAMED = {
-    "transformer.": "",
-    "h.": "blocks.",
-    "ln_f": "ln",
-    "ln_": "ln",
-    "attn.c_proj": "o",
-    "mlp.c_": "",
-}
+import torch
+from torch import Tensor, nn
 
 
 @dataclass
 class GPTConfig:
-    """Sizes. The defaults suit 90 s of pretraining on two CPU cores: a wider model sees less text and ends worse."""
+    """Sizes. The defaults suit 90 s of pretraining on two CPU cores: a wider model sees less text
+    in that time and ends worse."""
 
     vocab_size: int = 2048
     context: int = 128  # the longest input, in tokens
@@ -43,26 +32,36 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.heads, width = config.heads, config.width
+        width = config.width
+        self.heads = config.heads
         self.ln1 = nn.LayerNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
         self.ln2 = nn.LayerNorm(width)
-        self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc = nn.Linear(width, 4 * width)
+        self.proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, time, width)
-        h = self.ln1(x)
-        q, k, v = (
-            m(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v)
-        )
-        h = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True
-        )  # (batch, heads, time, width / heads)
-        x = x + self.o(h.transpose(1, 2).flatten(-2))
-        return x + self.proj(nn.functional.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+        x = x + self.attention(self.ln1(x))
+        h = nn.functional.gelu(self.fc(self.ln2(x)), approximate="tanh")  # (batch, time, 4 width)
+        return x + self.proj(h)
+
+    def attention(self, x: Tensor) -> Tensor:
+        q = self.split_heads(self.q(x))
+        k = self.split_heads(self.k(x))
+        v = self.split_heads(self.v(x))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(mixed.transpose(1, 2).flatten(-2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(batch, time, width) -> (batch, heads, time, width / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019). forward: token numbers (batch, time) -> logits (batch, time, vocab_size or classes)."""
+    """GPT-2 (Radford et al. 2019)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -75,78 +74,135 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif name.endswith(("o.weight", "proj.weight")):
+                # GPT-2 starts the matrices that write to the residual stream smaller, as the
+                # terms of 2 x layers of them add up there.
+                nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5)
             elif parameter.dim() == 2:
-                # GPT-2 starts the two matrices that write to the residual stream smaller, as 2 x layers terms add up.
-                writes = name.endswith(("o.weight", "proj.weight"))
-                nn.init.normal_(
-                    parameter, std=0.02 / (2 * config.layers) ** 0.5 if writes else 0.02
-                )
+                nn.init.normal_(parameter, std=0.02)
 
     def classify(self, classes: int) -> None:
-        """Turn into a classifier: a new head, which starts at zero, takes the place of the one tied to the embedding."""
+        """Become a classifier with a new head, which starts at zero; or, at 0 classes, a language
+        model again, with the head tied to the embedding."""
         self.config = replace(self.config, classes=classes)
-        self.head = (
-            nn.Parameter(self.wte.weight.new_zeros(classes, self.config.width)) if classes else None
-        )
+        self.head = None
+        if classes > 0:
+            self.head = nn.Parameter(self.wte.weight.new_zeros(classes, self.config.width))
 
-    def forward(self, ids: Tensor) -> Tensor:  # (batch, time), time <= context
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token numbers (batch, time), time <= context -> logits (batch, time, vocab_size), or of
+        a classifier (batch, time, classes)."""
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)  # (batch, time, width)
-        return nn.functional.linear(self.ln(x), self.wte.weight if self.head is None else self.head)
+        head = self.wte.weight if self.head is None else self.head
+        return nn.functional.linear(self.ln(x), head)
 
 
 @torch.no_grad()
 def generate(
-    model: GPT, tokenizer: Tokenizer, prompt: str, temperature=0.8, top_k=50, seed=0, length=60
-) -> str:
-    """The prompt, and how the model goes on from it: `length` tokens, each drawn from the top_k likeliest."""
-    generator = torch.Generator().manual_seed(
-        seed
-    )  # on the CPU, so that one seed gives one text on every device
-    ids = torch.tensor(
-        [tokenizer.encode(prompt or END_OF_TEXT).ids], device=model.wte.weight.device
-    )  # (1, time)
+    model: GPT,
+    ids: list[int],
+    length: int = 60,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> list[int]:
+    """`ids` and `length` tokens more, each drawn from the top_k likeliest."""
+    # On the CPU, so that one seed gives one text on every device.
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.tensor([ids], device=model.wte.weight.device)  # (1, time)
     for _ in range(length):
-        logits = (
-            model(ids[:, -model.config.context :])[:, -1].float() / temperature
-        )  # (1, vocab_size)
-        best, tokens = logits.topk(min(top_k, logits.shape[-1]))
-        choice = torch.multinomial(best.softmax(-1).cpu(), 1, generator=generator).to(ids.device)
-        ids = torch.cat((ids, tokens.gather(-1, choice)), dim=1)
-    return tokenizer.decode(ids[0].tolist())
+        seen = text[:, -model.config.context :]
+        logits = model(seen)[:, -1].float() / temperature  # (1, vocab_size)
+        best, tokens = logits.topk(min(top_k, logits.shape[-1]))  # (1, top_k)
+        choice = torch.multinomial(best.softmax(-1).cpu(), 1, generator=generator)  # (1, 1)
+        text = torch.cat((text, tokens.gather(-1, choice.to(tokens.device))), dim=1)
+    return text[0].tolist()
+
+
+# Published GPT-2.
+
+GPT2_FILES = ["config.json", "tokenizer.json", "pytorch_model.bin"]
 
 
 def load_gpt2(name: str) -> dict:
-    """Published GPT-2 weights as the content of a base file: {"config", "tokenizer", "model"}. name: gpt2[-medium, -large,
-    -xl], to be downloaded once, or a folder with these files. Raises InputError if that fails, or if a file is missing."""
-    files = ["config.json", "tokenizer.json", "pytorch_model.bin"]
-    with needing(
-        f"--base {name}: not to be had; give a folder that holds GPT-2's {', '.join(files)}"
-    ):
-        folder = Path(
-            name
-            if Path(name).is_dir()
-            else snapshot_download(f"openai-community/{name}", allow_patterns=files)
+    """Published GPT-2 weights as {"config": sizes, "tokenizer": json, "model": state dict}.
+
+    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, to be downloaded once, or a folder with these
+    files. Raises OSError or ValueError if they can't be had or used.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = download_gpt2(name)
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        weights = folder / "pytorch_model.bin"
+    for path in (folder / "config.json", folder / "tokenizer.json", weights):
+        if not path.exists():
+            raise FileNotFoundError(f"base {name}: {path.name} is missing in that folder")
+
+    try:
+        sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = GPTConfig(
+            vocab_size=sizes["vocab_size"],
+            context=sizes["n_positions"],
+            layers=sizes["n_layer"],
+            heads=sizes["n_head"],
+            width=sizes["n_embd"],
         )
-        sizes, tokenizer = (
-            json.loads((folder / files[0]).read_text()),
-            (folder / files[1]).read_text(),
-        )
-        config = [
-            sizes[key] for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-        ]
-    safe, state = folder / "model.safetensors", {}
-    for key, tensor in load(safe if safe.exists() else folder / files[2]).items():
-        for theirs, ours in RENAMED.items():
-            key = key.replace(theirs, ours)
-        if "c_attn" in key:  # q, k and v in one: (width, 3 width), or its bias
-            state |= {
-                key.replace("attn.c_attn", ours): part.t()
-                for ours, part in zip("qkv", tensor.chunk(3, dim=-1))
-            }
-        elif (
-            0 < tensor.dim() < 3 and key != "lm_head.weight"
-        ):  # not the causal masks, nor the tied head
-            state[key] = tensor.t() if key.startswith("blocks") else tensor  # theirs are (in, out)
-    return {"config": asdict(GPTConfig(*config)), "tokenizer": tokenizer, "model": state}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"base {name}: config.json does not give GPT-2's sizes ({error!r})"
+        ) from error
+    return {
+        "config": asdict(config),
+        "tokenizer": (folder / "tokenizer.json").read_text(encoding="utf-8"),
+        "model": convert_gpt2(read_weights(weights)),
+    }
+
+
+def download_gpt2(name: str) -> Path:
+    """The folder that the published files of this name were downloaded to."""
+    remedy = f"give gpt2, or a folder that holds its {', '.join(GPT2_FILES)}"
+    try:
+        from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=GPT2_FILES))
+    except Exception as error:  # of many kinds: no network, no such name, not installed
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"base {name}: can't be downloaded ({reason}); {remedy}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of a file of weights, .bin or .safetensors; nothing in it can run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"base {path}: damaged, or not a file of weights") from error
+
+
+def convert_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published names and layout as ours. Their matrices are (in, out), Linear's (out, in)."""
+    renamed = {
+        "transformer.": "",  # some files hold a GPT2LMHeadModel, some the GPT2Model in it
+        "h.": "blocks.",
+        "ln_f": "ln",
+        "ln_": "ln",
+        "attn.c_proj": "o",
+        "mlp.c_": "",
+    }
+    state = {}
+    for name, tensor in weights.items():
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        if name == "lm_head.weight" or tensor.dim() not in (1, 2):
+            continue  # the tied head is the embedding; the causal masks are not trained
+        if not name.startswith("blocks"):
+            state[name] = tensor
+        elif "attn.c_attn" in name:  # q, k and v in one: (width, 3 width), or its bias
+            for ours, part in zip("qkv", tensor.chunk(3, dim=-1), strict=True):
+                state[name.replace("attn.c_attn", ours)] = part.T if part.dim() == 2 else part
+        else:
+            state[name] = tensor.T if tensor.dim() == 2 else tensor
+    return state

@@ -1,313 +1,237 @@
-"""Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show how the ranks grow.
+"""Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show how ranks grow.
 
-python train.py --schedule linear                      # pretrains a base once, then adapts it; no download
-python train.py --base gpt2 --task reviews.tsv         # published weights, texts to classify
-python train.py --resume runs/triadapt-linear          # goes on after Ctrl-C, to the same bits; also to --generate
-torchrun --standalone --nproc_per_node=2 train.py      # several processes share each batch
+    python train.py --schedule linear                    # pretrains a base once, then adapts it
+    python train.py --base gpt2 --task reviews.tsv       # published weights, texts to classify
+    python train.py --resume runs/triadapt-linear        # goes on after Ctrl-C, to the same bits
+    torchrun --standalone --nproc_per_node=2 train.py    # processes share each batch
+
+From top to bottom: settings, files, one training step, base model, adapters, loop, report.
 """
 
 import argparse
+import contextlib
+import copy
+import hashlib
+import inspect
 import json
 import math
+import os
 import signal
 import sys
+import tempfile
 import time
+import traceback
+from dataclasses import asdict
 from pathlib import Path
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
-from data import (
-    CACHE,
-    NO_TARGET,
-    PROCESS,
-    WORLD,
-    batch,
-    documents,
-    load,
-    save,
-    task_examples,
-    text_examples,
-    text_hash,
-    train_tokenizer,
-)
-from model import GPT, GPTConfig, generate, load_gpt2
-from plots.run import draw_run, log_entry, tell
-from plots.signals import SIGNALS
+
+import data
+import model
+from data import NO_TARGET, batch
+from model import GPT, GPTConfig
+from plots.run import draw_run
 from triadapt import (
     METHODS,
     SCHEDULES,
-    InputError,
+    SIGNALS,
     adapter_state_dict,
     add_adapters,
-    find_adapters,
     load_adapter_state_dict,
     merge_adapters,
-    need,
-    needing,
 )
 
-say = str if PROCESS else tqdm.write  # prints above the progress bar
+# --------------------------------------------------------------------------------- settings
+
+# Name, type, default and meaning. A default of None depends on other settings: fill_defaults.
+SETTINGS = {
+    "data": [
+        ("data", str, "prose", "text to continue: prose, code, or a UTF-8 file"),
+        ("task", str, None, "texts to classify instead: modules, or a .tsv with label, sentence"),
+        ("context", int, None, "tokens of a window, or of a text [all that the base allows]"),
+        ("batch_size", int, 8, "windows or texts a step, of all processes together"),
+        ("accumulate", int, 1, "pieces that a process computes its batch in, to save memory"),
+    ],
+    "base model": [
+        ("base", str, "code", "code: ours; gpt2[-medium, -large, -xl]; a folder with it; a .pt"),
+        ("base_steps", int, 1000, "steps that ours is pretrained on code: 90 s on two cores"),
+    ],
+    "adapter": [
+        ("method", str, "triadapt", "how to adapt; full trains every weight"),
+        ("rank", int, 8, "target rank; the budget is rank x matrices"),
+        ("alpha", float, 16.0, "scale of the update: s = alpha / rank"),
+        ("init_rank", int, None, "rank at the start [half the rank if it is to grow]"),
+        ("targets", str, "q|k|v|o|fc|proj", "names of the matrices, a regular expression"),
+        ("dropout", float, 0.0, "probability that an adapter's input is dropped in training"),
+        ("orth", float, 0.0, "weight of the released code's penalty: A, B to be orthogonal"),
+    ],
+    "growth": [
+        ("schedule", str, None, "how many matrices grow at an allocation [linear if any can]"),
+        ("score", str, "importance", "what tells which matrices grow"),
+        ("budget", str, "ranks", "what it counts; numbers: as many as LoRA trains"),
+        ("rank_step", int, 1, "ranks that a matrix grows by at once"),
+        ("interval", int, None, "steps between allocations [1 per 300: late ranks learn little]"),
+        ("warmup", int, None, "steps before growth [2 %% of all, for the same reason]"),
+        ("top_k", int, 4, "matrices that grow at an allocation of the fixed schedule"),
+    ],
+    "training": [
+        ("steps", int, 300, "optimiser steps"),
+        ("lr", float, None, "peak learning rate [1e-2, full: 2e-3; chosen on validation]"),
+        ("core_lr_ratio", float, 1.0, "learning rate of the core L + U over that of A and B"),
+        ("seed", int, 0, "of adapters, batches and dropout; the base has its own"),
+        ("device", str, None, "such as cuda:1 [the accelerator if there is one, else the CPU]"),
+        ("eval_interval", int, None, "steps between evaluations [a tenth of the steps]"),
+    ],
+    "output": [
+        ("out", str, None, "folder of the results [runs/METHOD-SCHEDULE]"),
+        ("resume", str, None, "folder of a run to finish, with its own settings"),
+        ("merge", str, None, ".pt file for the model with adapters merged, for --base"),
+        ("generate", str, None, "text that the trained model goes on from"),
+        ("sample_seed", int, 0, "of this text's draws"),
+    ],
+}
+DEFAULTS = {name: default for group in SETTINGS.values() for name, _, default, _ in group}
+AFTER_TRAINING = ("merge", "generate", "sample_seed")  # these can be given at --resume too
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """All settings of a run. Raises InputError for one that can't be."""
-
-    def option(
-        name: str, default, text: str, **more
-    ):  # a function gives the default from the other settings
-        shown, kind = (
-            ("", str) if default is None or callable(default) else (f" [{default}]", type(default))
-        )
-        group.add_argument(name, default=default, help=text + shown, **{"type": kind} | more)
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: need(False, message)  # one line instead of the usage
-    group = parser.add_argument_group("data")
-    option("--data", "prose", "text to continue: prose, code, or a UTF-8 file")
-    option(
-        "--task",
-        None,
-        "texts to classify instead: modules, or a .tsv file with columns sentence and label",
-    )
-    option(
-        "--context",
-        None,
-        "tokens of a window, or of a text at most [all that the base allows]",
-        type=int,
-    )
-    option("--batch-size", 8, "windows or texts per step, all processes together")
-    option(
-        "--accumulate", 1, "pieces that a process computes its part of the batch in, to save memory"
-    )
-    group = parser.add_argument_group("base model")
-    option(
-        "--base",
-        "code",
-        "code: ours, pretrained on code; gpt2[-medium, -large, -xl]; a folder with these; a .pt file",
-    )
-    option("--base-steps", 1000, "steps of that pretraining on code, about 90 s on two cores")
-    group = parser.add_argument_group("adapter")
-    option(
-        "--method", "triadapt", "how to adapt; full trains every weight", choices=[*METHODS, "full"]
-    )
-    option("--rank", 8, "target rank; the budget is rank x matrices")
-    option("--alpha", 16.0, "scale of the update, s = alpha / rank")
-    option(
-        "--init-rank",
-        lambda args: args.rank if args.schedule == "none" else (args.rank + 1) // 2,
-        "rank at the start [half the rank if it is to grow, else the rank]",
-        type=int,
-    )
-    option("--targets", "q|k|v|o|fc|proj", "names of the matrices, a regular expression")
-    option("--dropout", 0.0, "probability that an adapter's input is dropped in training")
-    option("--orth", 0.0, "weight in the loss of the orthogonality penalty on A and B")
-    group = parser.add_argument_group(
-        "growth", "early, from half the rank, and soon over: what comes late has little time"
-    )
-    option(
-        "--schedule",
-        None,
-        "how many matrices grow [linear if they can, else none]",
-        choices=[*SCHEDULES, "none"],
-    )
-    option(
-        "--score",
-        "importance",
-        "what tells which matrices grow: the paper's importance, or a rival",
-        choices=SIGNALS,
-    )
-    option("--rank-step", 1, "ranks that a matrix grows by at once")
-    option(
-        "--interval",
-        lambda args: max(1, args.steps // 300),
-        "steps between allocations [1 per 300 steps]",
-        type=int,
-    )
-    option(
-        "--warmup",
-        lambda args: args.steps // 50,
-        "steps before growth begins [2 %% of the steps]",
-        type=int,
-    )
-    option("--top-k", 4, "matrices that grow at an allocation, for --schedule fixed")
-    group = parser.add_argument_group("training")
-    option("--steps", 300, "optimiser steps")
-    option(
-        "--lr",
-        lambda args: 2e-3 if args.method == "full" else 1e-2,
-        "peak learning rate [1e-2, full: 2e-3]",
-        type=float,
-    )
-    option("--core-lr-ratio", 1.0, "learning rate of the core L + U over that of A and B")
-    option("--seed", 0, "seed of adapters, batches and dropout; the base has its own")
-    option(
-        "--device",
-        None,
-        "torch device, such as cuda:1 [the accelerator if there is one, else the CPU]",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile the model; not with growth"
-    )
-    option(
-        "--eval-interval",
-        lambda args: max(1, args.steps // 10),
-        "steps between evaluations [a tenth]",
-        type=int,
-    )
-    group = parser.add_argument_group("output")
-    option(
-        "--out",
-        lambda args: f"runs/{args.method}-{args.schedule}",
-        "folder of the results [runs/METHOD-SCHEDULE]",
-    )
-    option("--resume", None, "folder of a run to finish, with its own settings")
-    option(
-        "--merge",
-        None,
-        "file to write the trained model to, adapters merged into its weights: a file for --base",
-    )
-    option("--generate", None, "text that the trained model goes on from, here and at --resume")
-    option("--temperature", 0.8, "of samples: below 1 keeps to what is likely")
-    option("--sample-top-k", 50, "likeliest tokens that samples are drawn from")
-    option("--sample-seed", 0, "seed of samples")
-    args = parser.parse_args(argv)
-    need([] not in vars(args).values(), "an option is given as --name=--; give it a value")
-    if args.resume:
-        settings = load(Path(args.resume, "checkpoint.pt"), "settings")["settings"] | {
-            "out": args.resume
-        }
-        args = parser.parse_args(argv, argparse.Namespace(**settings))
-        fixed = {name for name in settings if vars(args)[name] != settings[name]} - {
-            "resume",
-            "merge",
-            "generate",
-            "temperature",
-            "sample_top_k",
-            "sample_seed",
-        }
-        need(
-            not fixed,
-            f"--resume {args.resume}: the run keeps its own settings; leave out {', '.join(sorted(fixed))}",
-        )
-    need(
-        not args.task or args.generate is None,
-        "--generate: a model that tells classes apart writes no text; leave it out",
-    )
-    grows = hasattr(METHODS.get(args.method), "importance")
-    args.schedule = args.schedule or ("linear" if grows else "none")
-    need(
-        grows or args.schedule == "none",
-        f"--schedule {args.schedule}: --method {args.method} can't grow; leave it out",
-    )
-    need(
-        not args.compile or args.schedule == "none",
-        "--compile: every growth would compile again; give --schedule none",
-    )
-    lowest = {
-        "batch_size": args.accumulate * WORLD,
-        "temperature": 0.01,
-        "seed": 0,
-        "sample_seed": 0,
-        "warmup": 0,
-    }
-    for name, value in vars(args).items():
-        value = vars(args)[name] = value(args) if callable(value) else value
-        low, flag = lowest.get(name, 0 if type(value) is float else 1), name.replace("_", "-")
-        need(
-            type(value) not in (int, float) or low <= value < 2**31,
-            f"--{flag} {value}: must be from {low} to below 2^31",
-        )
+    """All settings of a run. Raises ValueError for one that can't be, or would have no effect."""
+    options = vars(make_parser().parse_args(argv))
+    given = {name: value for name, value in options.items() if value is not None}
+    if "resume" in given:
+        settings = resumed_settings(given)
+    else:
+        settings = DEFAULTS | given
+    args = argparse.Namespace(**settings)
+    fill_defaults(args)
+    check_ranges(args)
+    check_effects(args, given)
     return args
 
 
+def make_parser() -> argparse.ArgumentParser:
+    choices = {
+        "method": [*METHODS, "full"],
+        "schedule": [*SCHEDULES, "none"],
+        "score": [*SIGNALS],
+        "budget": ["ranks", "numbers"],
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = refuse_options
+    for title, settings in SETTINGS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, meaning in settings:
+            text = meaning if default is None else f"{meaning} [{default}]"
+            group.add_argument(option(name), type=kind, choices=choices.get(name), help=text)
+    return parser
+
+
+def refuse_options(message: str) -> None:
+    """In the place of argparse's page of usage."""
+    raise ValueError(f"{message}; see --help")
+
+
+def option(name: str) -> str:
+    """A setting as the command line calls it."""
+    return "--" + name.replace("_", "-")
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    if args.schedule is None:
+        args.schedule = "linear" if can_grow(args.method) else "none"
+    if args.init_rank is None:
+        args.init_rank = args.rank if args.schedule == "none" else (args.rank + 1) // 2
+    if args.interval is None:
+        args.interval = max(1, args.steps // 300)
+    if args.warmup is None:
+        args.warmup = args.steps // 50
+    if args.lr is None:
+        args.lr = 2e-3 if args.method == "full" else 1e-2
+    if args.eval_interval is None:
+        args.eval_interval = max(1, args.steps // 10)
+    if args.out is None:
+        args.out = f"runs/{args.method}-{args.schedule}"
+
+
+def can_grow(method: str) -> bool:
+    return hasattr(METHODS.get(method), "importance")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    lowest = {"seed": 0, "sample_seed": 0, "warmup": 0, "batch_size": args.accumulate * WORLD}
+    for name, value in vars(args).items():
+        if value == []:  # what argparse makes of --name=--
+            raise ValueError(f"{option(name)}: needs a value")
+        if isinstance(value, (int, float)):
+            low = lowest.get(name, 1 if isinstance(value, int) else 0)
+            if not low <= value < 2**31:
+                raise ValueError(f"{option(name)} {value}: must be from {low} to below 2^31")
+    if args.schedule != "none" and not can_grow(args.method):
+        raise ValueError(f"--schedule {args.schedule}: --method {args.method} can't grow")
+    if args.merge is not None and Path(args.merge).suffix != ".pt":
+        raise ValueError(f"--merge {args.merge}: must end in .pt, for --base to read it")
+
+
+def check_effects(args: argparse.Namespace, given: dict) -> None:
+    """Raises ValueError for an option that was given and would change nothing."""
+    idle = {}  # setting: why it has no effect
+    if args.method == "full":
+        for name in ("rank", "alpha", "init_rank", "targets", "dropout", "orth", "core_lr_ratio"):
+            idle[name] = "--method full has no adapters"
+    elif "lora_L" not in METHODS[args.method].GROWS_ALONG:
+        idle["core_lr_ratio"] = f"--method {args.method} has no core"
+    if args.schedule == "none":
+        for name in ("score", "budget", "rank_step", "interval", "warmup"):
+            idle[name] = "no matrix grows"
+    if args.schedule != "fixed":
+        idle["top_k"] = "only --schedule fixed uses it"
+    if args.task is not None:
+        idle["data"] = "--task is trained on instead"
+        idle["generate"] = "a model that tells classes apart writes no text"
+    if args.base != "code":
+        idle["base_steps"] = "only --base code is pretrained here"
+    if args.generate is None:
+        idle["sample_seed"] = "there is no --generate"
+    for name in given:
+        if name in idle:
+            raise ValueError(f"{option(name)}: no effect, as {idle[name]}; leave it out")
+
+
+def resumed_settings(given: dict) -> dict:
+    """Those of the run to finish, with what is to be done after it."""
+    folder = given["resume"]
+    settings = load_file(Path(folder, "checkpoint.pt"), "settings")["settings"]
+    settings["out"] = folder  # it may have been moved
+    for name, value in given.items():
+        if name in ("resume", *AFTER_TRAINING):
+            settings[name] = value
+        elif value != settings[name]:
+            known = f"the run has {settings[name]} and keeps it"
+            raise ValueError(f"{option(name)} {value}: {known}; leave it out")
+    return settings
+
+
+# --------------------------------------------------------------- devices, processes and files
+
+CACHE = Path("cache")
+PROCESS = int(os.environ.get("RANK", 0))  # torchrun sets these two
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, else this process's accelerator, else the CPU. No other line chooses one."""
-    with needing(f"--device {name}: not to be had here; try cpu"):
-        if WORLD > 1 and torch.accelerator.is_available():
-            torch.accelerator.set_device_index(PROCESS % torch.accelerator.device_count())
-        return torch.empty(
-            1, device=name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        ).device
-
-
-def load_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """The base model and its tokenizer: new for `scratch`, pretrained once for `code`, else from files."""
-    path = Path(args.base)
-    if args.base == "scratch":
-        torch.manual_seed(0)
-        return GPT(GPTConfig()).to(device), train_tokenizer(
-            documents(args.data), GPTConfig().vocab_size
-        )
-    if args.base == "code":
-        recipe = f"--base scratch --data code --method full --lr 2e-3 --eval-interval 9999 --steps {args.base_steps}"
-        source = Path(sys.modules[GPT.__module__].__file__).read_text()
-        path = (
-            CACHE
-            / f"base-{text_hash([*documents('code'), source, recipe, device.type, torch.__version__])}.pt"
-        )
-        if not path.exists():
-            say("no base model is cached yet: it is pretrained on code first")
-            main(
-                [
-                    *recipe.split(),
-                    "--device",
-                    str(device),
-                    "--out",
-                    str(path.with_suffix("")),
-                    "--merge",
-                    str(path),
-                ]
-            )
-    base = (
-        load(path, "config", "tokenizer", "model") if path.suffix == ".pt" else load_gpt2(args.base)
-    )
-    with needing(f"--base {path}: its tokenizer or its sizes are damaged"):
-        tokenizer, model = Tokenizer.from_str(base["tokenizer"]), GPT(GPTConfig(**base["config"]))
-    load_adapter_state_dict(model, base["model"])
-    return model.to(device), tokenizer
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The rate of step 1 ... steps: up over the first 3 %, then down a half cosine to a tenth of the peak."""
-    rise = max(1, round(0.03 * steps))
-    fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))
-    return peak * min(step / rise, 0.1 + 0.9 * fall)
-
-
-def predict(
-    model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch: its negative log likelihood in nats, summed; logits (batch x time, outputs); targets (batch x time,)."""
-    inputs, targets = inputs.to(device), targets.to(device).flatten()
-    with torch.autocast(
-        device.type,
-        torch.bfloat16,
-        enabled=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-    ):
-        logits = model(inputs).flatten(0, 1)
-    return (
-        nn.functional.cross_entropy(
-            logits.float(), targets, ignore_index=NO_TARGET, reduction="sum"
-        ),
-        logits,
-        targets,
-    )
-
-
-def orthogonality(adapters: dict) -> Tensor:
-    """Mean over the adapters of ||A A^T - 1||_F^2 + ||B^T B - 1||_F^2: AdaLoRA's penalty, used by the released code."""
-    grams = [
-        gram
-        for a in adapters.values()
-        for gram in (a.lora_A @ a.lora_A.t(), a.lora_B.t() @ a.lora_B)
-    ]  # (r, r)
-    return sum(
-        (gram - torch.eye(len(gram), device=gram.device)).square().sum() for gram in grams
-    ) / len(adapters)
+    """The device called `name`, else this process's accelerator, else the CPU."""
+    if WORLD > 1 and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(PROCESS % torch.accelerator.device_count())
+    found = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return torch.empty(1, device=found).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not to be had here; try cpu") from error
 
 
 def sum_processes(tensors: list[Tensor]) -> None:
@@ -318,246 +242,592 @@ def sum_processes(tensors: list[Tensor]) -> None:
         nn.utils.vector_to_parameters(flat, tensors)
 
 
+def say(text: str) -> None:
+    if PROCESS == 0:
+        print(text, flush=True)
+
+
+def save_file(path: Path, content: dict | str | bytes) -> None:
+    """Write what torch.save takes, a text or bytes; the first process does, the others wait.
+
+    The file has a temporary name until it is whole: after a failure the old one is still there.
+    """
+    if PROCESS == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                if isinstance(content, dict):
+                    torch.save(content, file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
+def load_file(path: Path, *keys: str) -> dict:
+    """These keys of a .pt file: tensors and plain values only, so that nothing in it can run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: content[key] for key in keys}
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path}: damaged, or not written by train.py") from error
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raises OSError if no file could be written to a folder, which need not exist yet."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"nothing can be written to {there} ({error.strerror})"
+        raise OSError(f"{option(name)} {folder}: {reason}; give another") from error
+
+
+# ---------------------------------------------------------------------------- a training step
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """The rate of step 1 ... steps: up over 3 %, then down a half cosine to a tenth of the peak."""
+    rise = max(1, round(0.03 * steps))
+    fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))
+    return peak * min(step / rise, 0.1 + 0.9 * fall)
+
+
+def draw_batch(examples, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
+    """The batch of a step, by (seed, step) alone, so that a checkpoint needs no generator."""
+    numbers = np.random.default_rng((seed, step)).integers(len(examples), size=size)
+    return batch(examples, numbers)
+
+
+def predict(
+    net: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch: its negative log likelihood in nats, summed over the targets; the logits
+    (batch x time, outputs); the targets (batch x time,)."""
+    inputs = inputs.to(device)
+    targets = targets.to(device).flatten()
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        logits = net(inputs).flatten(0, 1)
+    loss = nn.functional.cross_entropy(
+        logits.float(), targets, ignore_index=NO_TARGET, reduction="sum"
+    )
+    return loss, logits, targets
+
+
+def train_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    examples: tuple[Tensor, Tensor],
+    device: torch.device,
+    accumulate: int = 1,
+    penalty=None,
+) -> tuple[float, float]:
+    """One optimiser step at a learning rate, on a batch whose pieces the processes share.
+
+    penalty: a function that gives a term to be added to the loss.
+    Returns the loss in nats per target, without the penalty, and the penalty.
+    """
+    net.train()
+    optimizer.zero_grad()
+    inputs, targets = examples
+    count = (targets != NO_TARGET).sum().item()
+    pieces = accumulate * WORLD
+    loss = torch.zeros((), device=device)
+    term = torch.zeros((), device=device)
+    for i in range(PROCESS, pieces, WORLD):
+        part = predict(net, inputs[i::pieces], targets[i::pieces], device)[0] / count
+        if penalty is not None:
+            term = penalty()
+        (part + term / pieces).backward()
+        loss += part.detach()
+
+    # The parameters as they are now: growth puts new ones in the groups.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_processes([*(p.grad for p in parameters), loss])
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_ratio"] * rate
+    optimizer.step()
+    return loss.item(), term.item()
+
+
+def orthogonality(adapters: dict) -> Tensor:
+    """Mean over the adapters of ||A A^T - 1||_F^2 + ||B^T B - 1||_F^2 (released code)."""
+    terms = []
+    for adapter in adapters.values():
+        A = adapter.lora_A  # (r, d_in)
+        B = adapter.lora_B  # (d_out, r)
+        for gram in (A @ A.T, B.T @ B):  # (r, r)
+            terms.append((gram - torch.eye(len(gram), device=gram.device)).square().sum())
+    return sum(terms) / len(adapters)
+
+
+# --------------------------------------------------------------------------------- base model
+
+
+def load_base(args: argparse.Namespace, device: torch.device) -> dict:
+    """{"config": sizes, "tokenizer": json, "model": weights, or None if yet to be pretrained}."""
+    if args.base != "code" and Path(args.base).suffix == ".pt":
+        return load_file(Path(args.base), "config", "tokenizer", "model")
+    if args.base != "code":
+        return model.load_gpt2(args.base)
+    path = pretrained_path(args.base_steps, device)
+    if path.exists():
+        return load_file(path, "config", "tokenizer", "model")
+    config = GPTConfig()
+    tokenizer = data.train_tokenizer(data.documents("code"), config.vocab_size)
+    return {"config": asdict(config), "tokenizer": tokenizer.to_str(), "model": None}
+
+
+def open_base(base: dict, name: str) -> tuple[Tokenizer, GPT]:
+    """A base's tokenizer and its model; without weights, the start of its pretraining."""
+    torch.manual_seed(0)
+    try:
+        tokenizer = Tokenizer.from_str(base["tokenizer"])
+        gpt = GPT(GPTConfig(**base["config"]))
+        if base["model"] is not None:
+            gpt.load_state_dict(base["model"])
+    except Exception as error:  # of many kinds, the tokenizer's are of no narrower one
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--base {name}: its parts do not fit ({reason:.300})") from error
+    return tokenizer, gpt
+
+
+def pretrained_path(steps: int, device: torch.device) -> Path:
+    """Where our base is kept. The name changes with all that it is made from."""
+    sources = [inspect.getsource(model), inspect.getsource(pretrain), str(steps)]
+    digest = hashlib.sha256()
+    for text in [*data.documents("code"), *sources, device.type, torch.__version__]:
+        digest.update(text.encode() + b"\0")
+    return CACHE / f"base-{digest.hexdigest()[:16]}.pt"
+
+
+def pretrain(gpt: GPT, tokenizer: Tokenizer, steps: int, device: torch.device) -> None:
+    """Train a GPT on code, in place, and keep it in the cache."""
+    say(f"no base is in {CACHE}/ yet: it is pretrained on code first, for {steps} steps")
+    windows = data.text_examples("code", data.documents("code"), tokenizer, gpt.config.context)
+    groups = [{"params": list(gpt.parameters()), "lr_ratio": 1.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    began = told = time.perf_counter()
+    for step in range(1, steps + 1):
+        examples = draw_batch(windows["train"], 0, step, size=8)
+        loss, _ = train_step(gpt, optimizer, learning_rate(step, steps, 2e-3), examples, device)
+        now = time.perf_counter()
+        if now - told > 10 or step == steps:
+            left = (now - began) / step * (steps - step)
+            say(f"pretraining step {step}/{steps}  loss {loss:.3f}  {left:.0f} s left")
+            told = now
+    save_model(pretrained_path(steps, device), gpt, tokenizer)
+
+
+def save_model(path: Path, gpt: GPT, tokenizer: Tokenizer) -> None:
+    """A file for --base."""
+    sizes = asdict(gpt.config)
+    content = {"config": sizes, "tokenizer": tokenizer.to_str(), "model": gpt.state_dict()}
+    save_file(path, content)
+
+
+# ------------------------------------------------------------------------------------ the run
+
+
 class Run:
     """One training run: its parts, how far it has come, and the log of it."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.out, self.device = args, Path(args.out), pick_device(args.device)
-        self.model, self.tokenizer = load_base(args, self.device)
+        """Read, check and build all parts. Raises ValueError or OSError for bad input."""
+        self.args = args
+        self.out = Path(args.out)
+        self.device = pick_device(args.device)
+        check_writable("out", self.out)
+        if args.merge is not None:
+            check_writable("merge", Path(args.merge).parent)
+
+        # Data: read before anything that takes long, so that a mistake is told at once.
+        texts = data.task_rows(args.task) if args.task else data.documents(args.data)
+
+        # Base model.
+        base = load_base(args, self.device)
+        self.tokenizer, gpt = open_base(base, args.base)
+        self.model = gpt.to(self.device)
+        self.split(texts)
+        if base["model"] is None:
+            self.adapt(copy.deepcopy(gpt))  # a rehearsal: tells what can't be before it pretrains
+            pretrain(gpt, self.tokenizer, args.base_steps, self.device)
+
+        # Adapters.
+        self.adapt(self.model)
+
+        # How far it has come.
+        self.step = 0
+        self.seconds = 0.0
+        self.losses = []  # of the steps since the last evaluation
+        self.log = []
+        if args.resume:
+            self.load()
+
+    def split(self, texts) -> None:
+        """{split: examples}, and the classes of a task."""
+        args = self.args
         context = args.context or self.model.config.context
-        need(
-            context <= self.model.config.context,
-            f"--context {context}: at most {self.model.config.context} for this base",
-        )
-        read = task_examples if args.task else text_examples
-        self.examples, self.classes = read(args.task or args.data, self.tokenizer, context)
-        torch.manual_seed(args.seed)
-        self.adapters = (
-            {}
-            if args.method == "full"
-            else add_adapters(
-                self.model,
-                args.targets,
-                args.method,
-                args.rank,
-                args.init_rank,
-                args.alpha,
-                args.dropout,
+        if context > self.model.config.context:
+            longest = self.model.config.context
+            raise ValueError(f"--context {context}: at most {longest} for this base")
+        self.classes = []
+        if args.task:
+            self.examples, self.classes = data.task_examples(
+                args.task, texts, self.tokenizer, context
             )
-        )
-        self.model.classify(len(self.classes))
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        core = {
-            p for name, p in self.model.named_parameters() if name.endswith(("lora_L", "lora_U"))
-        }
+        else:
+            self.examples = data.text_examples(args.data, texts, self.tokenizer, context)
+
+    def adapt(self, gpt: GPT) -> None:
+        """Make adapters, optimiser and allocator for a model. All chance comes from the seed."""
+        args = self.args
+        torch.manual_seed(args.seed)
+        self.adapters = {}
+        if args.method != "full":
+            self.adapters = add_adapters(
+                gpt, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout
+            )
+        gpt.classify(len(self.classes))
+
+        trained = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
+        core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
+        rest = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
         groups = [
-            {"params": [p for p in trained if p not in core], "lr_ratio": 1.0},
-            {"params": [p for p in trained if p in core], "lr_ratio": args.core_lr_ratio},
+            {"params": rest, "lr_ratio": 1.0},
+            {"params": core, "lr_ratio": args.core_lr_ratio},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.allocator = (
-            None
-            if args.schedule == "none"
-            else SIGNALS[args.score](
+
+        self.allocator = None
+        if args.schedule != "none":
+            self.allocator = SIGNALS[args.score](
                 self.adapters,
                 self.optimizer,
-                schedule=args.schedule,
                 target_rank=args.rank,
                 total_steps=args.steps,
                 warmup=args.warmup,
                 interval=args.interval,
+                schedule=args.schedule,
                 rank_step=args.rank_step,
                 top_k=args.top_k,
+                count_numbers=args.budget == "numbers",
             )
-        )
-        self.step, self.tokens, self.log, self.losses, self.seconds, self.growth_seconds = (
-            0,
-            0,
-            [],
-            [],
-            0.0,
-            0.0,
-        )
-        if args.resume:
-            saved = load(self.out / "checkpoint.pt", "progress", "trained", "optimizer", "growth")
-            with needing(
-                f"--resume {args.resume}: its checkpoint is of other code, or damaged; start anew"
-            ):
-                load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
-                self.optimizer.load_state_dict(saved["optimizer"])
-                vars(self).update(saved["progress"])
-                if self.allocator:
-                    self.allocator.state = saved["growth"]
 
-    def save(self) -> None:
-        state = {
-            "settings": vars(self.args),
-            "trained": adapter_state_dict(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "growth": self.allocator and self.allocator.state,
-            "progress": {
-                k: vars(self)[k]
-                for k in ("step", "tokens", "log", "losses", "seconds", "growth_seconds")
-            },
-        }
-        save(self.out / "checkpoint.pt", state)
-        save(self.out / "adapter.pt", state["trained"])
-        save(self.out / "log.jsonl", ((json.dumps(entry) + "\n").encode() for entry in self.log))
+    def train(self) -> None:
+        """The loop, from wherever the run is to its end."""
+        args = self.args
+        penalty = None
+        if args.orth > 0:
+            penalty = self.penalty
+        if not self.log:
+            save_file(self.out / "config.json", json.dumps(vars(args), indent=1))
+            self.note("start", **self.description(), **self.test())
 
-    def note(self, kind: str, **values) -> None:
-        """Log where the run is, and `values`, and say so."""
-        self.log.append(log_entry(self, kind, **values))
-        say(tell(self.log))
+        with ctrl_c_waits() as interrupts:
+            for step in range(self.step + 1, args.steps + 1):
+                began = time.perf_counter()
+
+                # One optimiser step. All its chance comes from (seed, step) and the process.
+                torch.manual_seed(self.seed(step) * WORLD + PROCESS)
+                rate = learning_rate(step, args.steps, args.lr)
+                examples = draw_batch(self.examples["train"], args.seed, step, size=args.batch_size)
+                loss, orth = train_step(
+                    self.model,
+                    self.optimizer,
+                    rate,
+                    examples,
+                    self.device,
+                    args.accumulate,
+                    penalty,
+                )
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"--lr {args.lr}: the loss is {loss} at step {step}; lower it"
+                    )
+
+                # Growth: between two optimiser steps, with the same new rows in every process.
+                grown = []
+                if self.allocator is not None:
+                    torch.manual_seed(self.seed(step))
+                    grown = self.allocator.step(step)
+
+                # How far it has come.
+                self.step = step
+                self.seconds += time.perf_counter() - began
+                self.losses.append(loss)
+
+                # Report, and save.
+                if grown:
+                    self.note(
+                        "allocation",
+                        grown=grown,
+                        threshold=self.allocator.threshold,
+                        score=self.allocator.last_scores,
+                    )
+                if step % args.eval_interval == 0 or step == args.steps:
+                    mean = sum(self.losses) / len(self.losses)
+                    self.note("eval", train_loss=mean, penalty=orth, **self.evaluate("val"))
+                    self.losses = []
+                    self.save()
+                if any_process(interrupts, self.device):
+                    self.save()
+                    say(f"stopped after step {step}; to go on: python train.py --resume {self.out}")
+                    sys.exit(130)
+
+        if self.log[-1]["kind"] != "end":
+            self.note("end", seconds=self.seconds, **self.test())
+            self.save()
+            save_file(self.out / "run.png", draw_run(self.log))
+            say(f"look at {self.out / 'run.png'}; beside it: log.jsonl adapter.pt checkpoint.pt")
+
+    def seed(self, step: int) -> int:
+        """No two steps of any two seeds share it. (Not shifted: torch drops bits above 32.)"""
+        return self.args.seed * 1_000_003 + step
+
+    def penalty(self) -> Tensor:
+        return self.args.orth * orthogonality(self.adapters)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Of 512 examples at most: {split}_loss, nats per target; for a task also {split}_accuracy and macro {split}_f1."""
+        """{split}_loss in nats per target, of 512 examples at most; for a task also
+        {split}_accuracy and {split}_f1, the mean over the classes."""
         self.model.eval()
         n = len(self.classes)
-        sums = torch.zeros(
-            2 + n * n, device=self.device
-        )  # of the loss, of the targets, and of each (true, predicted)
-        for numbers in torch.arange(len(self.examples[split]))[:512].split(self.args.batch_size)[
-            PROCESS::WORLD
-        ]:
-            loss, logits, targets = predict(
-                self.model, *batch(self.examples[split], numbers), self.device
-            )
+        loss = torch.zeros((), device=self.device)
+        count = torch.zeros((), device=self.device)
+        confusion = torch.zeros(n, n, device=self.device)  # (true, predicted)
+        numbers = torch.arange(len(self.examples[split]))[:512].split(self.args.batch_size)
+        for part in numbers[PROCESS::WORLD]:
+            inputs, targets = batch(self.examples[split], part)
+            part_loss, logits, targets = predict(self.model, inputs, targets, self.device)
             known = targets != NO_TARGET
-            pairs = (
-                (targets[known] * n + logits[known].argmax(-1)).bincount(minlength=n * n)
-                if n
-                else sums[2:]
-            )
-            sums += torch.cat((torch.stack((loss, known.sum())), pairs))
-        sum_processes([sums])
-        loss, count, confusion = sums[0], sums[1], sums[2:].view(n, n)
-        f1 = 2 * confusion.diag() / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
-        accuracy = (
-            {f"{split}_accuracy": confusion.trace() / count, f"{split}_f1": f1.mean()} if n else {}
-        )
-        return {
-            name: value.item()
-            for name, value in ({f"{split}_loss": loss / count} | accuracy).items()
-        }
+            loss += part_loss
+            count += known.sum()
+            if n > 0:
+                pairs = targets[known] * n + logits[known].argmax(-1)
+                confusion += pairs.bincount(minlength=n * n).view(n, n)
+        sum_processes([loss, count, confusion])
+
+        result = {f"{split}_loss": (loss / count).item()}
+        if n > 0:
+            hits = confusion.diag()
+            f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
+            result[f"{split}_accuracy"] = (hits.sum() / count).item()
+            result[f"{split}_f1"] = f1.mean().item()
+        return result
 
     def test(self) -> dict:
-        """The results on the test split, and how the model goes on from its first words, with the same draws each time."""
-        prompt = self.tokenizer.decode(self.examples["test"][0][0][:16].tolist())
-        return self.evaluate("test") | (
-            {} if self.classes else {"sample": generate(self.model, self.tokenizer, prompt)}
-        )
+        """The test results; of a language model also how it goes on from the test text's start."""
+        result = self.evaluate("test")
+        if not self.classes:
+            start = self.examples["test"][0][0][:16].tolist()
+            result["sample"] = self.tokenizer.decode(model.generate(self.model, start))
+        return result
 
-    def train(self) -> None:
-        """The loop. All chance in a step comes from (seed, step), so that a checkpoint needs no generator's state."""
-        args, interrupts = self.args, []
-        if not self.log:
-            save(self.out / "config.json", [json.dumps(vars(args), indent=1).encode()])
-            self.note("start", **self.test())
-        model = torch.compile(self.model) if args.compile else self.model
-        handler = signal.signal(
-            signal.SIGINT, lambda *_: interrupts.append(True)
-        )  # the step under way is finished
-        for step in tqdm(range(self.step + 1, args.steps + 1), disable=PROCESS > 0 or None):
-            began, seed = (
-                time.perf_counter(),
-                args.seed * 1_000_003 + step,
-            )  # not shifted: it drops bits above 32
-            torch.manual_seed(seed * WORLD + PROCESS)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr_ratio"] * learning_rate(step, args.steps, args.lr)
-            self.model.train()
-            self.optimizer.zero_grad()
-            numbers = np.random.default_rng((args.seed, step)).integers(
-                len(self.examples["train"]), size=args.batch_size
+    # Checkpoints.
+
+    def save(self) -> None:
+        trained = adapter_state_dict(self.model)
+        checkpoint = {
+            "settings": vars(self.args),
+            "trained": trained,
+            "optimizer": self.optimizer.state_dict(),
+            "growth": self.allocator.state_dict() if self.allocator else {},
+            "progress": {
+                name: getattr(self, name) for name in ("step", "seconds", "losses", "log")
+            },
+        }
+        save_file(self.out / "checkpoint.pt", checkpoint)
+        save_file(self.out / "adapter.pt", trained)
+        save_file(self.out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in self.log))
+
+    def load(self) -> None:
+        """Go on where the run was: adapters grow inside the optimiser, then all numbers follow."""
+        path = self.out / "checkpoint.pt"
+        saved = load_file(path, "trained", "optimizer", "growth", "progress")
+        try:
+            load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.allocator is not None:
+                self.allocator.load_state_dict(saved["growth"])
+            vars(self).update(saved["progress"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"--resume {self.out}: its checkpoint is damaged, or of other code ({error}); "
+                "start anew"
+            ) from error
+
+    # The log.
+
+    def note(self, kind: str, **values) -> None:
+        """Log where the run is, and `values`, and say so."""
+        ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        entry = {
+            "kind": kind,
+            "step": self.step,
+            "total_rank": sum(ranks.values()),
+            "ranks": ranks,
+            "trainable": sum(p.numel() for p in trained),
+        }
+        if self.allocator is not None:
+            entry["importance"] = self.allocator.importances()
+        self.log.append(entry | values)
+        say(in_words(self.log))
+
+    def description(self) -> dict:
+        """What was built and is going to happen."""
+        facts = {
+            "device": str(self.device),
+            "settings": vars(self.args),
+            "classes": self.classes,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        if self.allocator is not None:
+            facts["plan"] = self.allocator.plan()
+            facts["budget"] = self.allocator.budget
+        return facts
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """A list that grows at Ctrl-C, so that the step under way is finished first."""
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def any_process(interrupts: list, device: torch.device) -> bool:
+    """Whether Ctrl-C reached any of the processes: all stop after the same step."""
+    count = torch.tensor(float(len(interrupts)), device=device)
+    sum_processes([count])
+    return count.item() > 0
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def in_words(log: list[dict]) -> str:
+    """The last entry of a log, as the console tells it."""
+    first, entry = log[0], log[-1]
+    where = f"step {entry['step']:5}  total rank {entry['total_rank']}"
+    if entry["kind"] == "start":
+        return start_in_words(entry)
+    if entry["kind"] == "allocation":
+        grown = " ".join(entry["grown"])
+        return f"{where}, threshold {entry['threshold']:+.1e}, grown: {grown}"
+    if entry["kind"] == "eval":
+        result = results_in_words(entry, "val")
+        return f"{where}, trainable {entry['trainable']:,}, train loss {entry['train_loss']:.4f}, {result}"
+
+    most = max(e["trainable"] for e in log)
+    return "\n".join(
+        [
+            f"\nbefore adapting: {results_in_words(first, 'test')}",
+            first.get("sample", "").strip(),
+            f"\nafter adapting: {results_in_words(entry, 'test')}",
+            entry.get("sample", "").strip(),
+            f"\ntrainable parameters: {first['trainable']:,} at first, {most:,} at most, "
+            f"{entry['trainable']:,} in the end; {entry['seconds']:.1f} s of training",
+        ]
+    )
+
+
+def start_in_words(entry: dict) -> str:
+    """What was built, before the first step."""
+    settings = entry["settings"]
+    lines = [
+        f"device    {entry['device']}",
+        f"model     {entry['parameters']:,} parameters, {entry['trainable']:,} of them trainable",
+    ]
+    if entry["ranks"]:
+        matrices = f"{len(entry['ranks'])} matrices ({settings['targets']})"
+        lines.append(f"adapted   {matrices} by {settings['method']}")
+    if entry.get("plan"):
+        (first, _), (last, total) = entry["plan"][0], entry["plan"][-1]
+        lines.append(
+            f"growth    {settings['schedule']}: total rank {entry['total_rank']} -> {total}, budget "
+            f"{entry['budget']:,} {settings['budget']}, {len(entry['plan'])} allocations from step "
+            f"{first} to step {last}"
+        )
+        if settings["budget"] == "ranks" and total < entry["budget"]:
+            lines.append(
+                f"warning   {entry['budget'] - total} ranks of the budget can't be spent; lower "
+                "--interval or --warmup, or raise --rank-step or --top-k"
             )
-            inputs, targets = batch(self.examples["train"], numbers)
-            count, pieces = (targets != NO_TARGET).sum().item(), args.accumulate * WORLD
-            loss, penalty = torch.zeros(2, device=self.device).unbind()
-            for i in range(PROCESS, pieces, WORLD):
-                part = predict(model, inputs[i::pieces], targets[i::pieces], self.device)[0] / count
-                penalty = orthogonality(self.adapters) if args.orth and self.adapters else penalty
-                (part + args.orth / pieces * penalty).backward()
-                loss += part.detach()
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            stop = torch.tensor(float(len(interrupts)), device=self.device)
-            sum_processes([*(p.grad for p in trained), loss, stop])
-            need(
-                loss.isfinite(),
-                f"--lr {args.lr}: the loss is not finite at step {step}; start anew with a lower rate",
-            )
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            self.optimizer.step()
-            updated = time.perf_counter()
-            torch.manual_seed(seed)  # the same new rows in every process
-            grown = self.allocator.step(step) if self.allocator else []
-            self.growth_seconds += time.perf_counter() - updated
-            self.step, self.tokens, self.seconds = (
-                step,
-                self.tokens + inputs.numel(),
-                self.seconds + updated - began,
-            )
-            self.losses.append(loss.item())
-            if grown:
-                self.note("allocation", grown=grown)
-            if step % args.eval_interval == 0 or step == args.steps:
-                self.note(
-                    "eval",
-                    train_loss=sum(self.losses) / len(self.losses),
-                    penalty=penalty.item(),
-                    **self.evaluate("val"),
-                    tokens_per_second=self.tokens / self.seconds,
-                )
-                self.losses = []
-            if stop or not self.losses:
-                self.save()
-            if stop:
-                say(f"stopped after step {step}; to go on: python train.py --resume {self.out}")
-                sys.exit(130)
-        self.model.eval()
-        signal.signal(signal.SIGINT, handler)
-        if self.log[-1]["kind"] != "end":
-            self.note("end", **self.test())
-            self.save()
-            if PROCESS == 0:
-                say(
-                    f"look at {draw_run(self.out)}; beside it: config.json log.jsonl adapter.pt checkpoint.pt"
-                )
+    if entry["classes"]:
+        lines.append(f"classes   {' '.join(entry['classes'])}")
+    lines.append(f"base      {results_in_words(entry, 'test')}")
+    return "\n".join(lines)
+
+
+def results_in_words(entry: dict, split: str) -> str:
+    loss = entry[f"{split}_loss"]
+    if f"{split}_accuracy" in entry:
+        accuracy = f"accuracy {entry[f'{split}_accuracy']:.1%}"
+        return f"{split} loss {loss:.4f} nats, {accuracy}, macro F1 {entry[f'{split}_f1']:.3f}"
+    return f"{split} loss {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}"
+
+
+# --------------------------------------------------------------------------- the command line
 
 
 def main(argv: list[str] | None = None) -> Run:
+    """A whole run, also of a fork. What is wrong with the input ends in one line and code 2."""
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()
-    args = parse_args(argv)
-    run = Run(args)
-    run.train()
+    try:
+        run = Run(parse_args(argv))
+        run.train()
+        finish(run)
+        return run
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not is_about_input(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def finish(run: Run) -> None:
+    """What is asked for after training."""
+    args = run.args
     if args.generate is not None:
-        say(
-            generate(
-                run.model,
-                run.tokenizer,
-                args.generate,
-                args.temperature,
-                args.sample_top_k,
-                args.sample_seed,
-            )
-        )
-    if args.merge:
-        model = merge_adapters(run.model)
-        save(
-            Path(args.merge),
-            dict(
-                config=vars(model.config),
-                tokenizer=run.tokenizer.to_str(),
-                model=model.state_dict(),
-            ),
-        )
-    return run
+        ids = run.tokenizer.encode(args.generate or data.END_OF_TEXT).ids
+        ids = model.generate(run.model.eval(), ids, seed=args.sample_seed)
+        say(run.tokenizer.decode(ids))
+    if args.merge is not None:
+        save_model(Path(args.merge), merge_adapters(run.model), run.tokenizer)
+
+
+def is_about_input(error: Exception) -> bool:
+    """Files can always fail. Else an error is about the input if code raises it on purpose, in a
+    line that begins with `raise`; a ValueError from within a line is a bug: keep its traceback."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return isinstance(error, OSError) or (where.line or "").startswith("raise")
+
+
+def one_line(error: Exception) -> str:
+    """Its message; a setting at its beginning is named as the command line names it."""
+    message = " ".join(str(error).split())
+    name, _, rest = message.partition(" ")
+    return f"{option(name)} {rest}" if name in DEFAULTS else message
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

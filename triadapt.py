@@ -1,368 +1,164 @@
-"""TriAdaptLoRA: triangular adaptive low-rank adaptation (arXiv 2501.08008), on any nn.Module that holds nn.Linear.
+"""TriAdaptLoRA: triangular adaptive low-rank adaptation (arXiv 2501.08008), on any nn.Module.
 
-    y = W x + b + s B (L + U) A x       W (d_out, d_in) frozen   A (r, d_in)   B (d_out, r)   s = alpha / target rank
+    y = W x + b + s B (L + U) A x        W (d_out, d_in) is frozen, s = alpha / target rank
 
-The core L + U is kept as two triangles, L packed row by row and U packed column by column, so that a rank more is a
-plain append to four tensors and no trained number moves. From rank 3 to rank 4:
+From rank 3 to rank 4 all four factors grow by appending, and no trained number moves:
 
-       A         L lower      U upper         B
-    o o o o      o            o o o +      o o o +      o  trained, stays where it is
-    o o o o      o o            o o +      o o o +      +  new: a random row of A, in L zeros and a closing 1,
-    o o o o      o o o            o +      o o o +         zeros in U, a zero column of B
-    + + + +      + + + +            +      o o o +
-    L in memory: o | o o | o o o | + + + +       U in memory: o | o o | o o o | + + + +
+    B (d_out, r)   L lower (r, r)   U upper (r, r)   A (r, d_in)
 
-Of each new path through B (L + U) A exactly one factor is zero, B's column: growth leaves the output as it was, yet the
-gradient is not zero. A run starts the same way, from rank 0: B = 0 and L + U = 1, which is LoRA to the last bit.
+     o o o +          o              o o o +         o o o o o     o  trained, stays where it is
+     o o o +          o o              o o +         o o o o o     +  new: zeros in B, in L zeros
+     o o o +          o o o              o +         o o o o o        and a closing 1, zeros in U,
+     o o o +          + + + +              +         + + + + +        random numbers in A
+
+    L in memory, row by row:          o | o o | o o o | + + + +
+    U in memory, column by column:    o | o o | o o o | + + + +
+
+Of each new path through B (L + U) A exactly one factor is zero, B's column: the output stays, yet
+the gradient is not zero. A run starts the same way: with B = 0 and L + U = 1 it is LoRA exactly.
+
+In this file, in the order of the paper:
+
+    LoRALinear        the frame: equation, start, growth of a matrix
+    TriAdaptLinear    the triangular split and the importance F
+    RankAllocator     scores, dynamic threshold, budget: which matrices grow, and when
+    add_adapters, merge_adapters, adapter_state_dict, load_adapter_state_dict: on whole models
 """
 
-import contextlib
 import copy
 import math
 import re
+
 import torch
 from torch import Tensor, nn
 
 
-class InputError(ValueError):
-    """What the user gave can't be used: one line that names it and the remedy."""
-
-
-def need(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-@contextlib.contextmanager
-def needing(message: str):
-    """What fails inside, in whatever way, is the input's fault."""
-    try:
-        yield
-    except Exception as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{message} ({error!r:.200})")
-        ) from None
-
-
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), in float32 whatever the precision of the weight.
-    A subclass lists its own tensors in GROWS_ALONG, makes their numbers in new_entries, and uses them in up."""
+    """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), the baseline of the paper.
 
-    GROWS_ALONG = {"lora_A": 0, "lora_B": 1}  # tensor: the axis that a new rank is appended to
+    The adapter is kept in float32, whatever the precision of the frozen weight. A subclass names
+    its tensors in GROWS_ALONG, starts them in `new_entries` and uses them in `factors`.
+    """
+
+    # What grows with the rank: each tensor, and the axis that a new rank is appended to. The first
+    # one has `rank` entries along its axis, which is how a saved adapter tells its rank.
+    GROWS_ALONG = {"lora_A": 0, "lora_B": 1}
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
-        self.base, self.scale, self.dropout, self.rank = (
-            base.requires_grad_(False),
-            scale,
-            nn.Dropout(dropout),
-            0,
-        )
-        self.bias = base.bias  # as `weight`, for code that reads it
-        self.grow(rank)  # the first ranks come as all later ones do
+        self.base = base.requires_grad_(False)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.rank = 0
+        for name, entries in self.new_entries(rank).items():
+            setattr(self, name, nn.Parameter(entries.to(base.weight.device)))
+        self.rank = rank
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
-        """What n more ranks append to each tensor. As LoRA starts: A uniform within 1 / sqrt(d_in), B zero."""
+        """What n more ranks append to each tensor. From rank 0 on, that is the start of a run."""
         d_out, d_in = self.base.weight.shape
         return {
             "lora_A": torch.empty(n, d_in).uniform_(-1, 1) / d_in**0.5,
             "lora_B": torch.zeros(d_out, n),
         }
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The update s (left) (right) of W: left (d_out, r), right (r, d_in)."""
+        return self.lora_B, self.lora_A
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        # y = W x + b + s B (L + U) A x
+        B_core, A = self.factors()
+        tokens = x.reshape(-1, x.shape[-1])  # (n, d_in)
+        y = self.base(tokens)  # (n, d_out)
+        Ax = self.dropout(tokens) @ A.T.to(x.dtype)  # (n, r)
+        # In place: one more (n, d_out) tensor would cost more than the low-rank product itself.
+        y.addmm_(Ax.to(y.dtype), B_core.T.to(y.dtype), alpha=self.scale)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
     @torch.no_grad()
     def grow(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Append n ranks. Every tensor becomes a new nn.Parameter that begins with the old one's numbers."""
+        """Append n ranks. Each tensor becomes a new nn.Parameter that begins with the old numbers.
+
+        An optimizer that trains this adapter must be given: it goes on with the new Parameters.
+        """
         for name, entries in self.new_entries(n).items():
-            axis, entries = self.GROWS_ALONG[name], entries.to(self.base.weight.device)
-            old = getattr(
-                self, name, nn.Parameter(entries.narrow(axis, 0, 0))
-            )  # at first there is none: rank 0
-            new = nn.Parameter(
-                torch.cat((old, entries.to(old)), dim=axis), requires_grad=old.requires_grad
-            )
+            axis = self.GROWS_ALONG[name]
+            old = getattr(self, name)
+            grown = torch.cat((old, entries.to(old)), dim=axis)
+            new = nn.Parameter(grown, requires_grad=old.requires_grad)
             setattr(self, name, new)
             if optimizer is not None:
                 carry_state(optimizer, old, new, axis)
         self.rank += n
 
-    def up(self) -> Tensor:
-        """B^T, the map from the rank to the output: (r, d_out), laid out row by row, as products with it are faster so."""
-        return self.lora_B.t().contiguous()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # (n, d_in)
-        y = self.base(x)  # (n, d_out)
-        h = self.dropout(x) @ self.lora_A.t().to(x.dtype)  # (n, r)
-        # In place, as y is ours alone: one more (n, d_out) tensor would cost more than the low-rank product.
-        y.addmm_(h.to(y.dtype), self.up().to(y.dtype), alpha=self.scale)
-        return y.view(*shape, y.shape[-1])
-
     def delta_weight(self) -> Tensor:
         """What the adapter adds to W, in float32: (d_out, d_in)."""
-        return self.scale * self.up().t() @ self.lora_A
+        left, right = self.factors()
+        return self.scale * left @ right
 
     @property
     def weight(self) -> Tensor:
-        """W + delta_weight(), for code that reads the weight of a Linear and never calls it, as torch's attention."""
+        """W + delta_weight(), for code that reads a Linear's weight instead of calling it."""
         return (self.base.weight.float() + self.delta_weight()).to(self.base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the frozen Linear, for the same code."""
+        return self.base.bias
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with W + delta_weight(), added in float32 and kept in the precision of W."""
-        merged = copy.deepcopy(self.base)  # not the weight itself, which may be shared
+        """A plain nn.Linear that computes the same. W's own tensor stays: it may be shared."""
+        merged = copy.deepcopy(self.base)
         merged.weight.copy_(self.weight)
         return merged
 
 
 class TriAdaptLinear(LoRALinear):
-    """A frozen nn.Linear plus s B (L + U) A x. It trains r (d_in + d_out) + r (r + 1) numbers."""
+    """A frozen nn.Linear plus s B (L + U) A x, which trains r (d_in + d_out) + r (r + 1) numbers.
 
-    GROWS_ALONG = LoRALinear.GROWS_ALONG | {
-        "lora_L": 0,
-        "lora_U": 0,
-    }  # packed, r (r + 1) / 2 numbers each
+    lora_L and lora_U are flat: the r (r + 1) / 2 numbers of L row by row, of U column by column.
+    So a new rank is a plain append to both, as it is to A and B.
+    """
+
+    GROWS_ALONG = LoRALinear.GROWS_ALONG | {"lora_L": 0, "lora_U": 0}
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
-        """As LoRA's, plus rows of L that end in a 1 and zero columns of U: the identity goes on."""
-        row, column = torch.tril_indices(self.rank + n, self.rank + n)[
-            :, self.rank * (self.rank + 1) // 2 :
-        ]
-        rows = (row == column).float()
-        return super().new_entries(n) | {"lora_L": rows, "lora_U": torch.zeros_like(rows)}
+        """The start and the growth of A, B, L and U. The core begins and goes on as the identity."""
+        entries = super().new_entries(n)  # A (n, d_in) random, B (d_out, n) zero: as in LoRA
+        lengths = range(self.rank + 1, self.rank + n + 1)
+        rows = torch.cat([torch.eye(length)[-1] for length in lengths])
+        entries["lora_L"] = rows  # n rows 0 ... 0 1, of r + 1, r + 2, ..., r + n numbers
+        entries["lora_U"] = torch.zeros_like(rows)  # n columns of zeros, as long as the rows
+        return entries
 
     def core(self) -> Tensor:
-        """L + U: (r, r). U column by column is packed as a transposed L; on the diagonal both count."""
-        row, column = torch.tril_indices(self.rank, self.rank, device=self.lora_L.device)
-        zero = self.lora_L.new_zeros(self.rank, self.rank)
-        return zero.index_put((row, column), self.lora_L) + zero.index_put(
-            (column, row), self.lora_U
-        )
+        """L + U: (r, r). Both have a diagonal, and the two add up."""
+        L = unpack_triangle(self.lora_L, self.rank)
+        U = unpack_triangle(self.lora_U, self.rank).T  # U's columns are packed as L's rows are
+        return L + U
 
-    def up(self) -> Tensor:
-        """(B (L + U))^T: (r, d_out). The core meets B once a step, not every token: r r d_out products, not n r r."""
-        return self.core().t() @ self.lora_B.t()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (L + U) and A. The core meets B, once a step, and not every token."""
+        return (self.core().T @ self.lora_B.T).T, self.lora_A
 
     @torch.no_grad()
     def importance(self) -> Tensor:
-        """F = ||L + U||_F / r, the paper's metric: a number, no unit."""
+        """F = ||L + U||_F / r, the normalised Frobenius norm of the core: one number, no unit."""
         return self.core().norm() / self.rank
 
 
-METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
-
-
-def add_adapters(
-    model: nn.Module,
-    targets: str | list[str],
-    method: str = "triadapt",
-    rank: int = 8,
-    init_rank: int | None = None,
-    alpha: float = 16,
-    dropout: float = 0.0,
-) -> dict[str, LoRALinear]:
-    """Put an adapter around each targeted nn.Linear, freeze all else, and return {module name: adapter}.
-    targets: suffixes of module names ("q", "attn.q"), or regular expressions for one ("q|v", r"blocks\\.[01]\\.fc").
-    rank: the target rank, which fixes the scale alpha / rank. init_rank: where growth starts; None means `rank`.
-    Raises InputError for a target that names no Linear, a number out of range, a model that has adapters."""
-    init_rank = rank if init_rank is None else init_rank
-    need(
-        1 <= init_rank <= rank,
-        f"rank {rank}, init-rank {init_rank}: must be 1 <= init-rank <= rank",
-    )
-    need(0 <= dropout < 1, f"dropout {dropout}: must be from 0 to below 1")
-    need(
-        not find_adapters(model),
-        "the model has adapters already; merge_adapters makes them part of it",
-    )
-    linears = {
-        name: m
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, nn.Linear) and name
-    }
-    known, chosen = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)), set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        with needing(f"targets {target}: not a regular expression"):
-            matches = {name for name in linears if re.fullmatch(rf"(.*\.)?({target})", name)}
-        need(
-            matches, f"targets {target}: no nn.Linear is called that; there are: {known or 'none'}"
-        )
-        chosen |= matches
-    model.requires_grad_(False)
-    wrapped = {
-        linear: METHODS[method](linear, init_rank, alpha / rank, dropout).train(linear.training)
-        for name, linear in linears.items()
-        if name in chosen
-    }  # by Linear, as one may have several names
-    for name in chosen:
-        model.set_submodule(name, wrapped[linears[name]])
-    return find_adapters(model)
-
-
-def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """{module name: adapter} in module order."""
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
-
-
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """Replace each adapter by a plain nn.Linear that computes the same, and return the model."""
-    merged = {adapter: adapter.merge() for adapter in find_adapters(model).values()}
-    for name, module in [*model.named_modules(remove_duplicate=False)]:
-        if module in merged:
-            model.set_submodule(name, merged[module])
-    return model
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All that is trained: adapters, and what else is unfrozen. In the model's memory; shapes are the rank pattern."""
-    return {
-        name: p.detach()
-        for name, p in model.named_parameters()
-        if p.requires_grad or "lora_" in name
-    }
-
-
-def load_adapter_state_dict(
-    model: nn.Module, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None
-):
-    """Load what adapter_state_dict gave into a model with the same adapters, growing them to the saved ranks. An optimizer
-    that exists must be given, as growth replaces parameters. Raises InputError, no number copied, if a tensor misfits."""
-    odd = sorted(
-        adapter_state_dict(model).keys() ^ {n for n, t in state.items() if torch.is_tensor(t)},
-        key=str,
-    )
-    need(
-        not odd,
-        f"{odd[:1]}: not a tensor of both file and model; use the saved run's base, method and targets",
-    )
-    for name, adapter in find_adapters(model).items():
-        adapter.grow(max(0, state[f"{name}.lora_A"].shape[:1].numel() - adapter.rank), optimizer)
-    for name, p in adapter_state_dict(model).items():
-        need(
-            state[name].shape == p.shape and state[name].isfinite().all(),
-            f"{name}: the model needs finite numbers "
-            f"of shape {list(p.shape)}, the file has shape {list(state[name].shape)}",
-        )
-    for name, p in adapter_state_dict(model).items():
-        p.copy_(state[name])
-
-
-# How many matrices may grow, before rounding down. m: progress from 0 to 1; Q: the rest of the budget, in ranks.
-SCHEDULES = {
-    "linear": lambda m, Q, top_k: Q * m,
-    "exponential": lambda m, Q, top_k: math.exp(m * math.log(Q)),  # the paper calls it non-linear
-    "fixed": lambda m, Q, top_k: top_k,
-}
-
-
-class RankAllocator:
-    """Every `interval` steps after `warmup`, grows the k matrices of highest score by rank_step, up to the budget.
-    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to what is left, ties go to
-    the first in module order. Raises InputError for numbers that are out of range, or can't reach the budget."""
-
-    def __init__(
-        self,
-        adapters: dict[str, LoRALinear],
-        optimizer: torch.optim.Optimizer,
-        *,
-        schedule: str = "linear",
-        target_rank: int,
-        total_steps: int,
-        warmup: int,
-        interval: int,
-        rank_step: int = 1,
-        top_k: int = 1,
-    ):
-        self.adapters, self.optimizer, self.schedule, self.top_k = (
-            adapters,
-            optimizer,
-            schedule,
-            top_k,
-        )
-        self.total_steps, self.warmup, self.interval, self.rank_step = (
-            total_steps,
-            warmup,
-            interval,
-            rank_step,
-        )
-        self.budget = target_rank * len(adapters)
-        need(
-            min(interval, rank_step, top_k) >= 1 and 0 <= warmup < total_steps,
-            f"interval {interval}, rank-step "
-            f"{rank_step}, top-k {top_k}: must be 1 or more; warmup {warmup}: 0 to below the {total_steps} steps",
-        )
-        gap, times = self.budget - self.total_rank, (total_steps - warmup) // interval
-        need(
-            times * len(adapters) * rank_step >= gap,
-            f"rank-step {rank_step}: {times} allocations can't add the "
-            f"{gap} ranks of the budget; raise rank-step, or lower interval or warmup",
-        )
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        need(
-            all(p in held for a in adapters.values() for p in a.parameters() if p.requires_grad),
-            "optimizer: it lacks parameters of the adapters; make it after add_adapters",
-        )
-        self.state, self.decided = (
-            {"baseline": self.importances()},
-            {},
-        )  # what resuming needs; the last scores
-        if (
-            isinstance(optimizer, torch.optim.Adam)
-            and pace_young not in optimizer._optimizer_step_post_hooks.values()
-        ):
-            optimizer.register_step_post_hook(pace_young)  # once, whatever the number of allocators
-
-    @property
-    def total_rank(self) -> int:
-        return sum(adapter.rank for adapter in self.adapters.values())
-
-    def importances(self) -> dict[str, float]:
-        return dict(
-            zip(
-                self.adapters,
-                torch.stack([a.importance() for a in self.adapters.values()]).tolist(),
-            )
-        )
-
-    def scores(self) -> dict[str, float]:
-        """Of each matrix that may grow: the change of F since the last allocation or warm-up. Override it for another."""
-        return {
-            name: now - self.state["baseline"][name] for name, now in self.importances().items()
-        }
-
-    def count(self, t: int, total: int) -> int:
-        """k, how many matrices grow at step t when the total rank is `total`; 0 at steps without allocation."""
-        rest = self.budget - total
-        if rest == 0 or t <= self.warmup or (t - self.warmup) % self.interval:
-            return 0
-        progress = (t - self.warmup) / (self.total_steps - self.warmup)
-        k = math.floor(
-            SCHEDULES[self.schedule](progress, rest, self.top_k) + 1e-9
-        )  # 28.999999999999996 means 29
-        return min(max(k, 1), len(self.adapters), math.ceil(rest / self.rank_step))
-
-    def step(self, t: int) -> list[str]:
-        """Call after optimiser step t = 1, 2, ..., total_steps. Returns the names of the matrices that grew."""
-        grown = []
-        if k := self.count(t, self.total_rank):
-            self.decided = self.scores()
-            grown = sorted(self.decided, key=self.decided.get, reverse=True)[
-                :k
-            ]  # stable: ties stay in module order
-        for name in grown:
-            self.adapters[name].grow(
-                min(self.rank_step, self.budget - self.total_rank), self.optimizer
-            )
-        if grown or t == self.warmup:
-            self.state["baseline"] = self.importances()
-        return grown
+def unpack_triangle(packed: Tensor, r: int) -> Tensor:
+    """The lower triangle (r, r) whose r (r + 1) / 2 numbers are packed row by row."""
+    row, column = torch.tril_indices(r, r, device=packed.device)
+    return packed.new_zeros(r, r).index_put((row, column), packed)
 
 
 def carry_state(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int
 ) -> None:
-    """Put `new` in the place of `old` in its group, with its moments; those of new entries are zero."""
+    """Put `new` in the place of `old` in its group, with its moments; new entries have zeros."""
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
     if state := optimizer.state.pop(old, None):
@@ -405,3 +201,335 @@ def pace_young(optimizer: torch.optim.Adam, *_) -> None:
                     state["exp_avg"] * rate.view_as(state["born"]),
                     state["exp_avg_sq"].sqrt().add_(group["eps"]),
                 )
+
+
+METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
+
+
+# How many matrices may grow at an allocation, before rounding down. Q: ranks of the budget that
+# are left. m: progress since the warm-up, from 0 to 1. The paper calls `exponential` non-linear.
+SCHEDULES = {
+    "linear": lambda Q, m, top_k: Q * m,
+    "exponential": lambda Q, m, top_k: math.exp(m * math.log(Q)),
+    "fixed": lambda Q, m, top_k: top_k,
+}
+
+
+class RankAllocator:
+    """Grows the matrices whose score is at or above a dynamic threshold, until a budget is spent.
+
+    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to
+    what is left. Override `scores` for another signal (README, "Fork it", has the contract).
+
+    adapters: {module name: adapter}, as add_adapters returns them; ties go to the first in order.
+    optimizer: what trains them; its state must be per entry, as that of Adam and SGD is.
+    schedule: how many matrices may grow at an allocation: linear, exponential or fixed.
+    target_rank: mean rank in the end, in ranks a matrix; the `rank` of add_adapters.
+    total_steps: length of the training, in optimiser steps.
+    warmup: optimiser steps before growth can begin.
+    interval: optimiser steps from one allocation to the next.
+    rank_step: ranks that a matrix grows by at an allocation.
+    top_k: matrices that grow at an allocation; for the fixed schedule alone.
+    count_numbers: the budget counts trained numbers, as many as LoRA has at the target rank,
+        instead of ranks.
+
+    Raises ValueError for a setting out of range, or if the budget can't be reached.
+    """
+
+    def __init__(
+        self,
+        adapters: dict[str, LoRALinear],
+        optimizer: torch.optim.Optimizer,
+        *,
+        target_rank: int,
+        total_steps: int,
+        warmup: int,
+        interval: int,
+        schedule: str = "linear",
+        rank_step: int = 1,
+        top_k: int = 1,
+        count_numbers: bool = False,
+    ):
+        self.adapters = adapters
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.warmup = warmup
+        self.interval = interval
+        self.rank_step = rank_step
+        self.top_k = top_k
+        self.count_numbers = count_numbers
+        self.budget = target_rank * len(adapters)
+        if count_numbers:
+            linears = [adapter.base for adapter in adapters.values()]
+            self.budget = target_rank * sum(x.in_features + x.out_features for x in linears)
+        self.check_settings()
+
+        self.baseline = self.importances()
+        # Of the last allocation, for the log: all scores, and the threshold among them.
+        self.last_scores: dict[str, float] = {}
+        self.threshold = math.nan
+        if (
+            isinstance(optimizer, torch.optim.Adam)
+            and pace_young not in optimizer._optimizer_step_post_hooks.values()
+        ):
+            optimizer.register_step_post_hook(pace_young)
+
+    def check_settings(self) -> None:
+        for name in ("interval", "rank_step", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule}: must be one of {', '.join(SCHEDULES)}")
+        steps = self.total_steps - self.warmup
+        if not 0 < steps <= self.total_steps:
+            raise ValueError(f"warmup {self.warmup}: must be from 0 to below {self.total_steps}")
+        if self.interval > steps:
+            raise ValueError(
+                f"interval {self.interval}: must be {steps} or less, the steps after the warm-up"
+            )
+        most = steps // self.interval * len(self.adapters) * self.rank_step
+        if most < self.rest_in_ranks():
+            raise ValueError(
+                f"rank_step {self.rank_step}: {steps // self.interval} allocations can't add the "
+                f"{self.rest_in_ranks()} ranks of the budget; raise it, or lower interval or warmup"
+            )
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for name, adapter in self.adapters.items():
+            if not all(getattr(adapter, tensor) in trained for tensor in adapter.GROWS_ALONG):
+                raise ValueError(f"optimizer: it lacks parameters of {name}; make it after it")
+
+    def step(self, t: int) -> list[str]:
+        """Call after optimiser step t = 1, 2, ..., total_steps. Returns the names of who grew.
+
+        Growth puts new Parameters in the place of old ones. Lists of parameters that were made
+        before (for gradient clipping, an EMA, DistributedDataParallel) are stale after it: take
+        the parameters anew, from the model or from optimizer.param_groups.
+        """
+        if t == self.warmup:
+            self.baseline = self.importances()  # what moved before does not count
+        k = self.count(t, self.rest_in_ranks())
+        if k == 0:  # no step for an allocation, or the budget is spent: nobody grows
+            return []
+
+        # The threshold is the k-th largest score. Who is at or above it grows; of ties at the
+        # threshold the first in module order, [:k], so that the budget is exact.
+        scores = self.scores()
+        scores = {name: scores[name] for name in scores if self.affordable(name) > 0}
+        ranking = sorted(scores, key=scores.get, reverse=True)
+        threshold = scores[ranking[:k][-1]]
+        chosen = [name for name in ranking if scores[name] >= threshold][:k]
+
+        grown = []
+        for name in chosen:
+            n = self.affordable(name)
+            if n > 0:  # always, if the budget counts ranks
+                self.adapters[name].grow(n, self.optimizer)
+                grown.append(name)
+        self.baseline = self.importances()  # at the new ranks: growth does not score itself
+        self.last_scores = scores
+        self.threshold = threshold
+        return grown
+
+    def count(self, t: int, rest: int) -> int:
+        """k, how many matrices may grow at step t when `rest` ranks of the budget are left."""
+        since = t - self.warmup
+        if rest == 0 or since <= 0 or since % self.interval != 0:
+            return 0
+        progress = since / (self.total_steps - self.warmup)
+        k = SCHEDULES[self.schedule](rest, progress, self.top_k)
+        k = math.floor(k + 1e-9)  # 28.999999999999996 means 29
+        k = max(k, 1)  # one may grow also where the formula is below 1
+        return min(k, len(self.adapters), math.ceil(rest / self.rank_step))
+
+    def importances(self) -> dict[str, float]:
+        """F of each matrix."""
+        values = torch.stack([adapter.importance() for adapter in self.adapters.values()])
+        return dict(zip(self.adapters, values.tolist(), strict=True))
+
+    def scores(self) -> dict[str, float]:
+        """The change of F since the last allocation, or since the end of the warm-up."""
+        return {name: F - self.baseline[name] for name, F in self.importances().items()}
+
+    @property
+    def total_rank(self) -> int:
+        return sum(adapter.rank for adapter in self.adapters.values())
+
+    @property
+    def rest(self) -> int:
+        """What is left of the budget, in ranks or numbers."""
+        if not self.count_numbers:
+            return self.budget - self.total_rank
+        tensors = [getattr(a, name) for a in self.adapters.values() for name in a.GROWS_ALONG]
+        return self.budget - sum(tensor.numel() for tensor in tensors)
+
+    def price(self, name: str, n: int) -> int:
+        """What n more ranks of a matrix take from the budget, in ranks or numbers."""
+        if not self.count_numbers:
+            return n
+        with torch.device("meta"):  # shapes alone: nothing is computed, no random number drawn
+            entries = self.adapters[name].new_entries(n)
+        return sum(tensor.numel() for tensor in entries.values())
+
+    def affordable(self, name: str) -> int:
+        """The ranks that a matrix may grow by: rank_step, or less where the rest pays for less."""
+        n = self.rank_step
+        while n > 0 and self.price(name, n) > self.rest:
+            n -= 1
+        return n
+
+    def rest_in_ranks(self) -> int:
+        """Q: the ranks that the rest of the budget pays for, at the mean price of a rank."""
+        prices = [self.price(name, 1) for name in self.adapters]
+        if self.rest < min(prices):
+            return 0
+        return max(1, self.rest * len(prices) // sum(prices))
+
+    def plan(self) -> list[tuple[int, int]]:
+        """(step, total rank after it) of each allocation: scores decide who grows, not how many.
+
+        An estimate if numbers are counted, as then the price of a rank depends on who grows.
+        """
+        plan = []
+        total = self.total_rank
+        end = total + self.rest_in_ranks()
+        for t in range(1, self.total_steps + 1):
+            k = self.count(t, end - total)
+            if k > 0:
+                total = min(total + k * self.rank_step, end)
+                plan.append((t, total))
+        return plan
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs. A signal that remembers more adds it, here and below."""
+        return {"baseline": self.baseline}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.baseline = state["baseline"]
+
+
+# What tells which matrices grow. A fork enters its own.
+SIGNALS = {"importance": RankAllocator}
+
+
+def add_adapters(
+    model: nn.Module,
+    targets: str | list[str],
+    method: str = "triadapt",
+    rank: int = 8,
+    init_rank: int | None = None,
+    alpha: float = 16,
+    dropout: float = 0.0,
+) -> dict[str, LoRALinear]:
+    """Put an adapter around each targeted nn.Linear, freeze all else, return {name: adapter}.
+
+    model: changed in place.
+    targets: module names by their ends ("q", "attn.q"), or regular expressions for these ("q|v").
+    method: a key of METHODS, "triadapt" or "lora".
+    rank: the target rank, in ranks a matrix; it fixes the scale alpha / rank for good.
+    init_rank: the rank at the start, in ranks a matrix; None means `rank`, for no growth.
+    alpha: numerator of the scale, no unit.
+    dropout: probability that an entry of an adapter's input is dropped in training.
+
+    Raises ValueError for a setting out of range, a target that names no nn.Linear, or a model
+    that has adapters already.
+    """
+    init_rank = rank if init_rank is None else init_rank
+    if not 1 <= init_rank <= rank:
+        raise ValueError(f"rank {rank}, init_rank {init_rank}: must be 1 <= init_rank <= rank")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout}: must be from 0 to below 1")
+    if method not in METHODS:
+        raise ValueError(f"method {method}: must be one of {', '.join(METHODS)}")
+    if find_adapters(model):
+        raise ValueError("the model has adapters already; merge_adapters makes them part of it")
+
+    # By name, also where one Linear has several names.
+    linears = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and name != "":
+            linears[name] = module
+    chosen = chosen_names([*linears], [targets] if isinstance(targets, str) else targets)
+
+    model.requires_grad_(False)
+    adapters = {}
+    for name, linear in linears.items():
+        if name in chosen and linear not in adapters:
+            adapters[linear] = METHODS[method](linear, init_rank, alpha / rank, dropout)
+            adapters[linear].train(linear.training)
+    for name in chosen:
+        model.set_submodule(name, adapters[linears[name]])
+    return find_adapters(model)
+
+
+def chosen_names(names: list[str], targets: list[str]) -> set[str]:
+    """The names that end in one of the targets."""
+    chosen = set()
+    for target in targets:
+        try:
+            pattern = re.compile(rf"(.*\.)?({target})")
+        except re.error as error:
+            raise ValueError(f"targets {target}: not a regular expression ({error})") from error
+        matches = [name for name in names if pattern.fullmatch(name)]
+        if not matches:
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise ValueError(f"targets {target}: no nn.Linear is called that; there are: {known}")
+        chosen.update(matches)
+    return chosen
+
+
+def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """{module name: adapter} in module order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Replace each adapter by a plain nn.Linear that computes the same, and return the model."""
+    merged = {adapter: adapter.merge() for adapter in find_adapters(model).values()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in merged:
+            model.set_submodule(name, merged[module])
+    return model
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All that is trained: the adapters, and what else is unfrozen. Its shapes tell the ranks."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad or "lora_" in name:
+            state[name] = p.detach()
+    return state
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Load what adapter_state_dict gave into a model with the same adapters.
+
+    Adapters grow to the saved ranks first. An optimizer that exists must be given, as growth
+    replaces parameters. Raises ValueError, and copies no number, if a tensor does not fit.
+    """
+    own = adapter_state_dict(model)
+    for name in sorted(own.keys() ^ state.keys(), key=str):
+        where = "model" if name in own else "file"
+        raise ValueError(f"{name}: only the {where} has it; use the base and targets of that run")
+    for name, p in own.items():
+        if not torch.is_tensor(state[name]) or state[name].dim() != p.dim():
+            raise ValueError(f"{name}: the model needs a tensor of {p.dim()} axes")
+
+    for module, adapter in find_adapters(model).items():
+        tensor, axis = next(iter(adapter.GROWS_ALONG.items()))
+        missing = state[f"{module}.{tensor}"].shape[axis] - adapter.rank
+        if missing > 0:
+            adapter.grow(missing, optimizer)
+
+    own = adapter_state_dict(model)
+    for name, p in own.items():
+        saved = state[name]
+        if saved.shape != p.shape or not saved.isfinite().all():
+            raise ValueError(
+                f"{name}: the model needs finite numbers of shape {list(p.shape)}, "
+                f"the file has shape {list(saved.shape)}"
+            )
+    for name, p in own.items():
+        p.copy_(state[name])
