@@ -82,6 +82,8 @@ class LoRALinear(nn.Module):
 
         An optimizer that trains this adapter must be given: it goes on with the new Parameters.
         """
+        if optimizer is not None:
+            check_state_can_grow(optimizer)
         for name, entries in self.new_entries(n).items():
             axis = self.GROWS_ALONG[name]
             old = getattr(self, name)
@@ -125,7 +127,7 @@ class TriAdaptLinear(LoRALinear):
     GROWS_ALONG = LoRALinear.GROWS_ALONG | {"lora_L": 0, "lora_U": 0}
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
-        """The start and the growth of A, B, L and U. The core begins and goes on as the identity."""
+        """The start and the growth of all four. The core begins, and goes on, as the identity."""
         entries = super().new_entries(n)  # A (n, d_in) random, B (d_out, n) zero: as in LoRA
         lengths = range(self.rank + 1, self.rank + n + 1)
         rows = torch.cat([torch.eye(length)[-1] for length in lengths])
@@ -158,48 +160,30 @@ def unpack_triangle(packed: Tensor, r: int) -> Tensor:
 def carry_state(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int
 ) -> None:
-    """Put `new` in the place of `old` in its group, with its moments; new entries have zeros."""
+    """Put `new` in the place of `old` in its group, with the state of its old entries, to the bit.
+
+    New entries have zero moments, yet Adam takes them to be as old as their tensor. So at first
+    one moves at most 1.0 times the learning rate a step with betas (.9, .99), and 2.1 times later;
+    3.2 and 6.6 times with (.9, .999).
+    """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
-    if state := optimizer.state.pop(old, None):
-        length = new.shape[axis] - old.shape[axis]
-        born = state.pop(
-            "born", old.new_zeros(old.shape[axis])
-        ).flatten()  # after which step an entry came
+    state = optimizer.state.pop(old, {})
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.dim() > 0:  # a moment, and not a count of steps
+            state[key] = value.new_zeros(new.shape)
+            state[key].narrow(axis, 0, old.shape[axis]).copy_(value)
+    optimizer.state[new] = state
+
+
+def check_state_can_grow(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for an optimiser whose state is not one number per entry, or per tensor."""
+    for p, state in optimizer.state.items():
         for key, value in state.items():
-            if torch.is_tensor(value) and value.shape == old.shape:
-                state[key] = torch.cat(
-                    (value, torch.zeros_like(new.data).narrow(axis, 0, length)), dim=axis
-                )
-        if isinstance(optimizer, torch.optim.Adam):
-            born = torch.cat((born, state["step"].to(born).expand(length)))
-            state["born"] = born.view([-1 if d == axis else 1 for d in range(new.dim())])
-        optimizer.state[new] = state
-
-
-@torch.no_grad()
-def pace_young(optimizer: torch.optim.Adam, *_) -> None:
-    """After a step of Adam or AdamW, take back what new entries moved too far.
-    Adam corrects for its zero start by f(t), t the tensor's step count, but the moments of an entry of age k have seen
-    k gradients only: f(t) moves it up to 6.6 times too fast with Adam's betas, 2.1 with train.py's; f(k) would not."""
-    for group in optimizer.param_groups:
-        b1, b2 = group["betas"]
-        states = {
-            p: state
-            for p in group["params"]
-            if p.grad is not None and "born" in (state := optimizer.state[p])
-        }
-        if states:  # all in one vector: a hundred short ones would cost more than the adapters do
-            born = [state["born"].flatten() for state in states.values()]
-            t = torch.cat(
-                [state["step"].to(b).expand_as(b) for state, b in zip(states.values(), born)]
-            )
-            f, fresh = ((1 - b2**n).sqrt() / (1 - b1**n) for n in (t, t - torch.cat(born)))
-            too_far = (group["lr"] * (f - fresh).clamp(min=0)).split([len(b) for b in born])
-            for (p, state), rate in zip(states.items(), too_far):
-                p.addcdiv_(
-                    state["exp_avg"] * rate.view_as(state["born"]),
-                    state["exp_avg_sq"].sqrt().add_(group["eps"]),
+            if torch.is_tensor(value) and value.dim() > 0 and value.shape != p.shape:
+                raise ValueError(
+                    f"optimizer {type(optimizer).__name__}: its state {key} is not per entry, so "
+                    "it can't grow with the adapters; use AdamW, Adam or SGD"
                 )
 
 
@@ -269,11 +253,6 @@ class RankAllocator:
         # Of the last allocation, for the log: all scores, and the threshold among them.
         self.last_scores: dict[str, float] = {}
         self.threshold = math.nan
-        if (
-            isinstance(optimizer, torch.optim.Adam)
-            and pace_young not in optimizer._optimizer_step_post_hooks.values()
-        ):
-            optimizer.register_step_post_hook(pace_young)
 
     def check_settings(self) -> None:
         for name in ("interval", "rank_step", "top_k"):
