@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
 
     # What grows with the rank: each tensor, and the axis that a new rank is appended to. The first
     # one has `rank` entries along its axis, which is how a saved adapter tells its rank.
-    GROWS_ALONG = {"lora_A": 0, "lora_B": 1}
+    GROWS_ALONG = {"lora_B": 1, "lora_A": 0}
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
@@ -58,8 +58,8 @@ class LoRALinear(nn.Module):
         """What n more ranks append to each tensor. From rank 0 on, that is the start of a run."""
         d_out, d_in = self.base.weight.shape
         return {
-            "lora_A": torch.empty(n, d_in).uniform_(-1, 1) / d_in**0.5,
             "lora_B": torch.zeros(d_out, n),
+            "lora_A": torch.empty(n, d_in).uniform_(-1, 1) / d_in**0.5,
         }
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -124,16 +124,19 @@ class TriAdaptLinear(LoRALinear):
     So a new rank is a plain append to both, as it is to A and B.
     """
 
-    GROWS_ALONG = LoRALinear.GROWS_ALONG | {"lora_L": 0, "lora_U": 0}
+    GROWS_ALONG = {"lora_B": 1, "lora_L": 0, "lora_U": 0, "lora_A": 0}
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         """The start and the growth of all four. The core begins, and goes on, as the identity."""
-        entries = super().new_entries(n)  # A (n, d_in) random, B (d_out, n) zero: as in LoRA
+        as_in_lora = super().new_entries(n)
         lengths = range(self.rank + 1, self.rank + n + 1)
         rows = torch.cat([torch.eye(length)[-1] for length in lengths])
-        entries["lora_L"] = rows  # n rows 0 ... 0 1, of r + 1, r + 2, ..., r + n numbers
-        entries["lora_U"] = torch.zeros_like(rows)  # n columns of zeros, as long as the rows
-        return entries
+        return {
+            "lora_B": as_in_lora["lora_B"],  # (d_out, n): n columns of zeros
+            "lora_L": rows,  # n rows of r + 1, ..., r + n numbers: zeros and a closing 1
+            "lora_U": torch.zeros_like(rows),  # n columns of r + 1, ..., r + n zeros
+            "lora_A": as_in_lora["lora_A"],  # (n, d_in): n random rows
+        }
 
     def core(self) -> Tensor:
         """L + U: (r, r). Both have a diagonal, and the two add up."""
@@ -143,7 +146,7 @@ class TriAdaptLinear(LoRALinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (L + U) and A. The core meets B, once a step, and not every token."""
-        return (self.core().T @ self.lora_B.T).T, self.lora_A
+        return self.lora_B @ self.core(), self.lora_A
 
     @torch.no_grad()
     def importance(self) -> Tensor:

@@ -1,6 +1,6 @@
 """Draw a run: loss, total rank, who got the rank, and the importance. train.py does it at its end.
 
-    python plots/run.py runs/NAME      # draws runs/NAME/log.jsonl again, as runs/NAME/run.png
+python plots/run.py runs/NAME      # draws runs/NAME/log.jsonl again, as runs/NAME/run.png
 """
 
 import io
