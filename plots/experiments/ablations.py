@@ -1,13 +1,19 @@
-"""What each choice is worth: the default growth with one thing changed at a time, and the released code's recipes.
+"""What each choice is worth: the default growth with one thing changed, and the released recipes.
 
-    python plots/ablations.py                                    # 3 seeds of every row: half an hour of one core
-    python plots/ablations.py --rows reference "rank step 4" --seeds 1
+    python plots/experiments/ablations.py                      # every row: hours of one core
+    python plots/experiments/ablations.py --rows moments --seeds 8 --share 0 2
 
-Task, steps and batches are those of compare.py's prose, and all rows share the learning rate that it chose there for
-`linear`. A finished run is a line of plots/ablations.jsonl, so that a stopped sweep goes on where it was.
+--rows takes beginnings of row names. Task, steps and batches are those of compare.py's prose, and
+all rows share the learning rate that it chose there for `linear`. A finished run is a line of
+plots/results/ablations.jsonl, so that a stopped sweep goes on where it was.
 
-A recipe is what one variant of the released code starts its tensors as, its scale and its importance, in our own code;
-growth, budget, optimiser and learning rates are ours. Their first block is a full matrix twice, ours two triangles.
+The rows `moments ...` compare rules for Adam's second moments of new entries: zero (what
+triadapt.py does), the mean of what the tensor has, and the pacing of the first edition, which
+took back after each step what an entry moved faster than in a freshly started Adam.
+
+A recipe is what one variant of the released code starts its tensors as, its scale and its
+importance, in our own code; growth, budget, optimiser and learning rates are ours. Their first
+block is a full matrix twice, ours two triangles.
 """
 
 import argparse
@@ -19,16 +25,20 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-import train  # noqa: E402
-from data import batch  # noqa: E402
-from plots.compare import COMMON  # noqa: E402
-from plots.signals import SIGNALS  # noqa: E402
-from triadapt import METHODS, RankAllocator, TriAdaptLinear, pace_young  # noqa: E402
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import train
+from data import batch
+from plots.experiments.compare import COMMON
+from plots.signals import SIGNALS, Worth
+from triadapt import METHODS, RankAllocator, TriAdaptLinear
 
 ALPHA = 16.0  # train.py's default, which an adapter does not know: it is given alpha / target rank
+
+
+# Adapters that differ in one thing.
 
 
 class CurrentScale(TriAdaptLinear):
@@ -40,48 +50,49 @@ class CurrentScale(TriAdaptLinear):
 
 
 class RandomCore(TriAdaptLinear):
-    """A core of small random numbers instead of the identity; B is zero, so growth still changes no output."""
+    """A core of small random numbers, not the identity. B is zero: growth changes no output."""
 
-    def new_entries(self, n: int):
+    def new_entries(self, n: int) -> dict[str, Tensor]:
         entries = super().new_entries(n)
-        return entries | {
-            name: torch.randn_like(entries[name]) * 0.02 for name in ("lora_L", "lora_U")
-        }
+        for name in ("lora_L", "lora_U"):
+            entries[name] = torch.randn_like(entries[name]) * 0.02
+        return entries
 
 
 class Released(TriAdaptLinear):
-    """What the variants of the released code share: normal A, B zero, core zero, importance per growth block."""
+    """What the released variants share: normal A, B zero, core zero, importance per block."""
 
     blocks = 0
 
-    def new_entries(self, n: int):
+    def new_entries(self, n: int) -> dict[str, Tensor]:
         self.blocks += 1
-        return {
-            name: torch.randn_like(new) * 0.02 if name == "lora_A" else torch.zeros_like(new)
-            for name, new in super().new_entries(n).items()
-        }
+        entries = {name: torch.zeros_like(new) for name, new in super().new_entries(n).items()}
+        entries["lora_A"] = torch.randn_like(entries["lora_A"]) * 0.02
+        return entries
 
     @torch.no_grad()
-    def importance(self):
+    def importance(self) -> Tensor:
         return self.core().norm() / self.blocks
 
 
 class Single(Released, CurrentScale):
     """..._single: all normal, but the first B."""
 
-    def new_entries(self, n: int):
-        return {
-            name: new if name == "lora_B" and self.blocks == 1 else torch.randn_like(new) * 0.02
-            for name, new in super().new_entries(n).items()
-        }
+    def new_entries(self, n: int) -> dict[str, Tensor]:
+        entries = super().new_entries(n)
+        for name, new in entries.items():
+            if name != "lora_B" or self.blocks > 1:
+                entries[name] = torch.randn_like(new) * 0.02
+        return entries
 
 
 class CoreZero(Released):
     """triadaptlora.py as stored later, constant scale: A and B normal, the core zero."""
 
-    def new_entries(self, n: int):
+    def new_entries(self, n: int) -> dict[str, Tensor]:
         entries = super().new_entries(n)
-        return entries | {"lora_B": torch.randn_like(entries["lora_B"]) * 0.02}
+        entries["lora_B"] = torch.randn_like(entries["lora_B"]) * 0.02
+        return entries
 
 
 class BlockC0(CoreZero, CurrentScale):
@@ -93,24 +104,29 @@ class BlockCB0(Released, CurrentScale):
 
 
 class BlockABC0(Released, CurrentScale):
-    """..._block_abc0: so is A, after its first block."""
+    """..._block_abc0: the same, and A's new blocks are zero, too."""
 
-    def new_entries(self, n: int):
+    def new_entries(self, n: int) -> dict[str, Tensor]:
         entries = super().new_entries(n)
-        return entries | (
-            {"lora_A": torch.zeros_like(entries["lora_A"])} if self.blocks > 1 else {}
-        )
+        if self.blocks > 1:
+            entries["lora_A"] = torch.zeros_like(entries["lora_A"])
+        return entries
 
 
 class Eye(Released):
-    """triadaptlora.py, constant scale: each new block of the core begins with ones on its own diagonal."""
+    """triadaptlora.py, constant scale: ones on the diagonal of each new block of the core, which
+    is not the diagonal of the core."""
 
-    def new_entries(self, n: int):
-        row, column = torch.tril_indices(self.rank + n, self.rank + n)[
-            :, self.rank * (self.rank + 1) // 2 :
-        ]
-        ones = (row - self.rank == column).float()
-        return super().new_entries(n) | {"lora_L": ones, "lora_U": ones.clone()}
+    def new_entries(self, n: int) -> dict[str, Tensor]:
+        entries = super().new_entries(n)
+        row, column = torch.tril_indices(self.rank + n, self.rank + n)
+        ones = (row - self.rank == column).float()[-len(entries["lora_L"]) :]
+        entries["lora_L"] = ones
+        entries["lora_U"] = ones.clone()
+        return entries
+
+
+# Allocators that differ in one thing.
 
 
 class BaselineBefore(RankAllocator):
@@ -118,19 +134,10 @@ class BaselineBefore(RankAllocator):
 
     def step(self, t: int) -> list[str]:
         before = self.importances()
-        if grown := super().step(t):
-            self.state["baseline"] = before
+        grown = super().step(t)
+        if grown:
+            self.baseline = before
         return grown
-
-
-class Unpaced(RankAllocator):
-    """New entries have zero moments and the age of their tensor: they move up to 2.1 times too fast."""
-
-    def __init__(self, adapters, optimizer, **settings):
-        super().__init__(adapters, optimizer, **settings)
-        hooks = optimizer._optimizer_step_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is pace_young]:
-            del hooks[key]
 
 
 class Forgetful(RankAllocator):
@@ -144,33 +151,64 @@ class Forgetful(RankAllocator):
         return grown
 
 
-class NewRate(RankAllocator):
-    """What came by growth moves FACTOR times as far in each step."""
+class MeanMoments(RankAllocator):
+    """The second moments of new entries start as the mean of what their tensor has."""
 
-    FACTOR = 1.0
+    def step(self, t: int) -> list[str]:
+        before = {key: p.shape[axis] for key, p, axis in self.tensors()}
+        grown = super().step(t)
+        for key, p, axis in self.tensors():
+            new = p.shape[axis] - before[key]
+            if new > 0:
+                moments = self.optimizer.state[p]["exp_avg_sq"]
+                old = moments.narrow(axis, 0, before[key])
+                moments.narrow(axis, before[key], new).fill_(old.mean())
+        return grown
+
+    def tensors(self):
+        """((matrix, tensor), parameter, axis of growth) of all that grows."""
+        for name, adapter in self.adapters.items():
+            for tensor, axis in adapter.GROWS_ALONG.items():
+                yield (name, tensor), getattr(adapter, tensor), axis
+
+
+class PacedMoments(MeanMoments):
+    """Zero moments, and after each step what a new entry moved too far is taken back.
+
+    Adam corrects for its zero start by f(t), t the tensor's step count. The moments of an entry of
+    age k have seen k gradients only, so f(k) would be right for it.
+    """
 
     def __init__(self, adapters, optimizer, **settings):
         super().__init__(adapters, optimizer, **settings)
-        optimizer.register_step_pre_hook(self.remember)
-        optimizer.register_step_post_hook(self.rescale)
+        self.born = {key: torch.zeros(p.shape[axis]) for key, p, axis in self.tensors()}
+        optimizer.register_step_post_hook(self.take_back)
 
-    def remember(self, optimizer, *_) -> None:
-        self.before = {
-            p: p.detach().clone() for p, state in optimizer.state.items() if "born" in state
-        }
+    def step(self, t: int) -> list[str]:
+        grown = RankAllocator.step(self, t)
+        for key, p, axis in self.tensors():
+            new = p.shape[axis] - len(self.born[key])
+            if new > 0:
+                ages = torch.full((new,), float(t))
+                self.born[key] = torch.cat((self.born[key], ages))
+        return grown
 
     @torch.no_grad()
-    def rescale(self, optimizer, *_) -> None:
-        for p, before in self.before.items():
-            p.add_((p - before) * (optimizer.state[p]["born"] > 0) * (self.FACTOR - 1))
-
-
-class HalfRate(NewRate):
-    FACTOR = 0.5
-
-
-class DoubleRate(NewRate):
-    FACTOR = 2.0
+    def take_back(self, optimizer, *_) -> None:
+        for group in optimizer.param_groups:
+            beta1, beta2 = group["betas"]
+            members = set(group["params"])
+            for key, p, axis in self.tensors():
+                if p not in members:
+                    continue
+                state = optimizer.state[p]
+                age = state["step"] - self.born[key]
+                now = (1 - beta2 ** state["step"]).sqrt() / (1 - beta1 ** state["step"])
+                right = (1 - beta2**age).sqrt() / (1 - beta1**age)
+                rate = group["lr"] * (now - right).clamp(min=0)
+                shape = [-1 if d == axis else 1 for d in range(p.dim())]
+                direction = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"])
+                p.add_(direction * rate.to(p.device).view(shape))
 
 
 METHODS |= {
@@ -185,91 +223,102 @@ METHODS |= {
 }
 SIGNALS |= {
     "baseline-before": BaselineBefore,
-    "unpaced": Unpaced,
     "forgetful": Forgetful,
-    "half-rate": HalfRate,
-    "double-rate": DoubleRate,
-}
-ROWS = {"reference": []}
-ROWS |= {f"initial rank {rank}": ["--init-rank", str(rank)] for rank in (1, 2, 6)}
-ROWS["initial rank 8, no growth"] = ["--schedule", "none"]
-ROWS |= {f"rank step {step}": ["--rank-step", str(step)] for step in (2, 4)}
-ROWS |= {f"interval {interval}": ["--interval", str(interval)] for interval in (3, 10)}
-ROWS |= {f"warm-up {share} %": ["--warmup", str(3 * share)] for share in (10, 30)}  # of 300 steps
-ROWS |= {
-    f"core at {ratio} of the learning rate": ["--core-lr-ratio", ratio]
-    for ratio in ("0.3", "0.1", "0.03", "0")
-}
-ROWS |= {
-    f"worth, equal numbers, core at {ratio}": [
-        "--score",
-        "worth, equal numbers",
-        "--core-lr-ratio",
-        ratio,
-    ]
-    for ratio in ("1", "0.3", "0.1", "0.03", "0")
-}
-ROWS |= {
-    "scale alpha / current rank": ["--method", "current-scale"],
-    "random core": ["--method", "random-core"],
-    "baseline before growth": ["--score", "baseline-before"],
-    "new moments not paced": ["--score", "unpaced"],
-    "moments of a grown matrix reset": ["--score", "forgetful"],
-    "new entries at half rate": ["--score", "half-rate"],
-    "new entries at double rate": ["--score", "double-rate"],
-}
-ROWS |= {
-    f"released: {recipe}": ["--method", recipe, "--score", "baseline-before"]
-    for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero")
+    "mean-moments": MeanMoments,
+    "paced-moments": PacedMoments,
+    "mean-worth": type("MeanWorth", (MeanMoments, Worth), {}),
+    "paced-worth": type("PacedWorth", (PacedMoments, Worth), {}),
 }
 
 
-class Jumping(train.Run):
-    """A run that measures what its first growth does to the output: ||change of the logits|| / ||logits||."""
+def make_rows() -> dict[str, list[str]]:
+    """{row: options of train.py}."""
+    rows = {"reference": []}
+    for rank in (1, 2, 6):
+        rows[f"initial rank {rank}"] = ["--init-rank", str(rank)]
+    rows["initial rank 8, no growth"] = ["--schedule", "none"]
+    for step in (2, 4):
+        rows[f"rank step {step}"] = ["--rank-step", str(step)]
+    for interval in (3, 10):
+        rows[f"interval {interval}"] = ["--interval", str(interval)]
+    for share in (10, 30):
+        rows[f"warm-up {share} %"] = ["--warmup", str(3 * share)]  # of 300 steps
+    for ratio in ("0.3", "0.1", "0.03", "0"):
+        rows[f"core at {ratio} of the learning rate"] = ["--core-lr-ratio", ratio]
+    worth = ["--score", "worth", "--budget", "numbers"]
+    for ratio in ("1", "0.3", "0.1", "0.03", "0"):
+        rows[f"worth, equal numbers, core at {ratio}"] = [*worth, "--core-lr-ratio", ratio]
+    rows["scale alpha / current rank"] = ["--method", "current-scale"]
+    rows["random core"] = ["--method", "random-core"]
+    rows["baseline before growth"] = ["--score", "baseline-before"]
+    rows["moments of a grown matrix reset"] = ["--score", "forgetful"]
+    for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero"):
+        rows[f"released: {recipe}"] = ["--method", recipe, "--score", "baseline-before"]
+    return rows
+
+
+def make_moments_rows() -> dict[str, list[str]]:
+    """The rules for new second moments, with the paper's importance and the default recipe, and
+    with worth at equal numbers and a slow core."""
+    signals = {
+        "importance": {"zero": "importance", "mean": "mean-moments", "paced": "paced-moments"},
+        "worth": {"zero": "worth", "mean": "mean-worth", "paced": "paced-worth"},
+    }
+    more = {"importance": [], "worth": ["--budget", "numbers", "--core-lr-ratio", "0.1"]}
+    rows = {}
+    for name, rules in signals.items():
+        for beta2 in BETA2:
+            for rank in (2, 4):
+                for rule, score in rules.items():
+                    row = f"moments {rule}, {name}, betas .9 {beta2}, from rank {rank}"
+                    rows[row] = ["--score", score, "--init-rank", str(rank), *more[name]]
+    return rows
+
+
+BETA2 = {".99": 0.99, ".999": 0.999}
+MOMENTS = make_moments_rows()
+ROWS = make_rows() | MOMENTS
+
+
+class Measured(train.Run):
+    """A run that measures what its first growth does: ||change of the logits|| / ||logits||."""
 
     jump = None
 
-    def __init__(self, args):
-        super().__init__(args)
-        if self.allocator:
-            self.grow, self.allocator.step = self.allocator.step, self.watch
+    def adapt(self, gpt) -> None:
+        super().adapt(gpt)
+        if self.allocator is not None:
+            self.grow = self.allocator.step
+            self.allocator.step = self.watched_step
 
-    def watch(self, t: int) -> list[str]:
-        if self.jump is not None or not self.allocator.count(t, self.allocator.total_rank):
+    def watched_step(self, t: int) -> list[str]:
+        k = self.allocator.count(t, self.allocator.rest_in_ranks())
+        if self.jump is not None or k == 0:
             return self.grow(t)
-        inputs, _ = batch(self.examples["val"], range(4))
-        with torch.no_grad(), torch.random.fork_rng():
-            before = self.model.eval()(inputs.to(self.device))
+        before = self.logits()
         grown = self.grow(t)
-        with torch.no_grad():
-            self.jump = (
-                (self.model(inputs.to(self.device)) - before).norm() / before.norm()
-            ).item()
+        self.jump = ((self.logits() - before).norm() / before.norm()).item()
         return grown
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        inputs, _ = batch(self.examples["val"], range(4))
+        return self.model.eval()(inputs.to(self.device))
 
 
 def measure(row: str, seed: int, options: list[str]) -> dict:
     """One silent run, as a line of results."""
     folder = f"runs/ablations/{row}-{seed}".replace(" ", "_").replace("/", "per")
+    common = [*COMMON, "--lr", "1e-2", "--seed", str(seed), "--out", folder]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = Jumping(
-            train.parse_args(
-                [
-                    *COMMON,
-                    "--lr",
-                    "1e-2",
-                    *ROWS[row],
-                    "--seed",
-                    str(seed),
-                    "--out",
-                    folder,
-                    *options,
-                ]
-            )
-        )
+        run = Measured(train.parse_args([*common, *ROWS[row], *options]))
+        for beta2 in BETA2:
+            if f"betas .9 {beta2}," in row:
+                for group in run.optimizer.param_groups:
+                    group["betas"] = (0.9, BETA2[beta2])
         run.train()
-    allocations = [entry["step"] for entry in run.log if entry["kind"] == "allocation"]
     shutil.rmtree(run.out)
+    allocations = [entry["step"] for entry in run.log if entry["kind"] == "allocation"]
     return {
         "row": row,
         "seed": seed,
@@ -289,21 +338,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS)
+    parser.add_argument("--rows", nargs="+", default=[""], help="beginnings of row names")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=HERE / "ablations.jsonl")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: i, i + n, ...")
+    parser.add_argument("--results", type=Path, default=ROOT / "plots/results/ablations.jsonl")
     args, options = parser.parse_known_args()
     args.results.touch()
-    for seed in range(args.seeds):
-        for row in args.rows:
-            done = [json.loads(line) for line in args.results.read_text().splitlines()]
-            if (row, seed) not in [(cell["row"], cell["seed"]) for cell in done]:
-                line = measure(row, seed, options)
-                with open(args.results, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(
-                    f"{row}; seed {seed}; test {line['test']:.4f}; jump {line['jump']}", flush=True
-                )
+    rows = [row for row in ROWS if row.startswith(tuple(args.rows))]
+    cells = [(seed, row) for seed in range(args.seeds) for row in rows]
+    for seed, row in cells[args.share[0] :: args.share[1]]:
+        lines = args.results.read_text(encoding="utf-8").splitlines()
+        done = [json.loads(line) for line in lines]
+        if not any(cell["row"] == row and cell["seed"] == seed for cell in done):
+            line = measure(row, seed, options)
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{row}; seed {seed}; test {line['test']:.4f}; jump {line['jump']}", flush=True)
 
 
 if __name__ == "__main__":
