@@ -1,4 +1,4 @@
-"""Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show how ranks grow.
+"""Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show who grows.
 
     python train.py --schedule linear                    # pretrains a base once, then adapts it
     python train.py --base gpt2 --task reviews.tsv       # published weights, texts to classify
@@ -66,7 +66,6 @@ SETTINGS = {
         ("init_rank", int, None, "rank at the start [half the rank if it is to grow]"),
         ("targets", str, "q|k|v|o|fc|proj", "names of the matrices, a regular expression"),
         ("dropout", float, 0.0, "probability that an adapter's input is dropped in training"),
-        ("orth", float, 0.0, "weight of the released code's penalty: A, B to be orthogonal"),
     ],
     "growth": [
         ("schedule", str, None, "how many matrices grow at an allocation [linear if any can]"),
@@ -101,10 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All settings of a run. Raises ValueError for one that can't be, or would have no effect."""
     options = vars(make_parser().parse_args(argv))
     given = {name: value for name, value in options.items() if value is not None}
-    if "resume" in given:
-        settings = resumed_settings(given)
-    else:
-        settings = DEFAULTS | given
+    settings = resumed_settings(given) if "resume" in given else DEFAULTS | given
     args = argparse.Namespace(**settings)
     fill_defaults(args)
     check_ranges(args)
@@ -181,7 +177,7 @@ def check_effects(args: argparse.Namespace, given: dict) -> None:
     """Raises ValueError for an option that was given and would change nothing."""
     idle = {}  # setting: why it has no effect
     if args.method == "full":
-        for name in ("rank", "alpha", "init_rank", "targets", "dropout", "orth", "core_lr_ratio"):
+        for name in ("rank", "alpha", "init_rank", "targets", "dropout", "core_lr_ratio"):
             idle[name] = "--method full has no adapters"
     elif "lora_L" not in METHODS[args.method].GROWS_ALONG:
         idle["core_lr_ratio"] = f"--method {args.method} has no core"
@@ -331,12 +327,10 @@ def train_step(
     examples: tuple[Tensor, Tensor],
     device: torch.device,
     accumulate: int = 1,
-    penalty=None,
-) -> tuple[float, float]:
+) -> float:
     """One optimiser step at a learning rate, on a batch whose pieces the processes share.
 
-    penalty: a function that gives a term to be added to the loss.
-    Returns the loss in nats per target, without the penalty, and the penalty.
+    Returns the loss in nats per target.
     """
     net.train()
     optimizer.zero_grad()
@@ -344,12 +338,9 @@ def train_step(
     count = (targets != NO_TARGET).sum().item()
     pieces = accumulate * WORLD
     loss = torch.zeros((), device=device)
-    term = torch.zeros((), device=device)
     for i in range(PROCESS, pieces, WORLD):
         part = predict(net, inputs[i::pieces], targets[i::pieces], device)[0] / count
-        if penalty is not None:
-            term = penalty()
-        (part + term / pieces).backward()
+        part.backward()
         loss += part.detach()
 
     # The parameters as they are now: growth puts new ones in the groups.
@@ -359,18 +350,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = group["lr_ratio"] * rate
     optimizer.step()
-    return loss.item(), term.item()
-
-
-def orthogonality(adapters: dict) -> Tensor:
-    """Mean over the adapters of ||A A^T - 1||_F^2 + ||B^T B - 1||_F^2 (released code)."""
-    terms = []
-    for adapter in adapters.values():
-        A = adapter.lora_A  # (r, d_in)
-        B = adapter.lora_B  # (d_out, r)
-        for gram in (A @ A.T, B.T @ B):  # (r, r)
-            terms.append((gram - torch.eye(len(gram), device=gram.device)).square().sum())
-    return sum(terms) / len(adapters)
+    return loss.item()
 
 
 # --------------------------------------------------------------------------------- base model
@@ -422,7 +402,7 @@ def pretrain(gpt: GPT, tokenizer: Tokenizer, steps: int, device: torch.device) -
     began = told = time.perf_counter()
     for step in range(1, steps + 1):
         examples = draw_batch(windows["train"], 0, step, size=8)
-        loss, _ = train_step(gpt, optimizer, learning_rate(step, steps, 2e-3), examples, device)
+        loss = train_step(gpt, optimizer, learning_rate(step, steps, 2e-3), examples, device)
         now = time.perf_counter()
         if now - told > 10 or step == steps:
             left = (now - began) / step * (steps - step)
@@ -529,9 +509,6 @@ class Run:
     def train(self) -> None:
         """The loop, from wherever the run is to its end."""
         args = self.args
-        penalty = None
-        if args.orth > 0:
-            penalty = self.penalty
         if not self.log:
             save_file(self.out / "config.json", json.dumps(vars(args), indent=1))
             self.note("start", **self.description(), **self.test())
@@ -544,18 +521,12 @@ class Run:
                 torch.manual_seed(self.seed(step) * WORLD + PROCESS)
                 rate = learning_rate(step, args.steps, args.lr)
                 examples = draw_batch(self.examples["train"], args.seed, step, size=args.batch_size)
-                loss, orth = train_step(
-                    self.model,
-                    self.optimizer,
-                    rate,
-                    examples,
-                    self.device,
-                    args.accumulate,
-                    penalty,
+                loss = train_step(
+                    self.model, self.optimizer, rate, examples, self.device, args.accumulate
                 )
                 if not math.isfinite(loss):
                     raise FloatingPointError(
-                        f"--lr {args.lr}: the loss is {loss} at step {step}; lower it"
+                        f"lr {args.lr}: the loss is {loss} at step {step}; give a lower one"
                     )
 
                 # Growth: between two optimiser steps, with the same new rows in every process.
@@ -579,7 +550,7 @@ class Run:
                     )
                 if step % args.eval_interval == 0 or step == args.steps:
                     mean = sum(self.losses) / len(self.losses)
-                    self.note("eval", train_loss=mean, penalty=orth, **self.evaluate("val"))
+                    self.note("eval", train_loss=mean, **self.evaluate("val"))
                     self.losses = []
                     self.save()
                 if any_process(interrupts, self.device):
@@ -596,9 +567,6 @@ class Run:
     def seed(self, step: int) -> int:
         """No two steps of any two seeds share it. (Not shifted: torch drops bits above 32.)"""
         return self.args.seed * 1_000_003 + step
-
-    def penalty(self) -> Tensor:
-        return self.args.orth * orthogonality(self.adapters)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
@@ -733,8 +701,8 @@ def in_words(log: list[dict]) -> str:
         grown = " ".join(entry["grown"])
         return f"{where}, threshold {entry['threshold']:+.1e}, grown: {grown}"
     if entry["kind"] == "eval":
-        result = results_in_words(entry, "val")
-        return f"{where}, trainable {entry['trainable']:,}, train loss {entry['train_loss']:.4f}, {result}"
+        loss = f"train loss {entry['train_loss']:.4f}, {results_in_words(entry, 'val')}"
+        return f"{where}, trainable {entry['trainable']:,}, {loss}"
 
     most = max(e["trainable"] for e in log)
     return "\n".join(
