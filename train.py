@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
@@ -100,6 +101,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All settings of a run. Raises ValueError for one that can't be, or would have no effect."""
     options = vars(make_parser().parse_args(argv))
     given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if value == []:  # what argparse makes of --name=--
+            raise ValueError(f"{option(name)}: needs a value")
     settings = resumed_settings(given) if "resume" in given else DEFAULTS | given
     args = argparse.Namespace(**settings)
     fill_defaults(args)
@@ -161,16 +165,14 @@ def can_grow(method: str) -> bool:
 def check_ranges(args: argparse.Namespace) -> None:
     lowest = {"seed": 0, "sample_seed": 0, "warmup": 0, "batch_size": args.accumulate * WORLD}
     for name, value in vars(args).items():
-        if value == []:  # what argparse makes of --name=--
-            raise ValueError(f"{option(name)}: needs a value")
         if isinstance(value, (int, float)):
             low = lowest.get(name, 1 if isinstance(value, int) else 0)
             if not low <= value < 2**31:
                 raise ValueError(f"{option(name)} {value}: must be from {low} to below 2^31")
     if args.schedule != "none" and not can_grow(args.method):
         raise ValueError(f"--schedule {args.schedule}: --method {args.method} can't grow")
-    if args.merge is not None and Path(args.merge).suffix != ".pt":
-        raise ValueError(f"--merge {args.merge}: must end in .pt, for --base to read it")
+    if args.merge is not None and (not args.merge.endswith(".pt") or Path(args.merge).is_dir()):
+        raise ValueError(f"--merge {args.merge}: must be a file that ends in .pt, as --base reads")
 
 
 def check_effects(args: argparse.Namespace, given: dict) -> None:
@@ -201,7 +203,10 @@ def check_effects(args: argparse.Namespace, given: dict) -> None:
 def resumed_settings(given: dict) -> dict:
     """Those of the run to finish, with what is to be done after it."""
     folder = given["resume"]
-    settings = load_file(Path(folder, "checkpoint.pt"), "settings")["settings"]
+    path = Path(folder, "checkpoint.pt")
+    settings = load_file(path, "settings")["settings"]
+    if not isinstance(settings, dict) or settings.keys() != DEFAULTS.keys():
+        raise ValueError(f"{path}: damaged, or of other code; start anew")
     settings["out"] = folder  # it may have been moved
     for name, value in given.items():
         if name in ("resume", *AFTER_TRAINING):
@@ -275,7 +280,7 @@ def load_file(path: Path, *keys: str) -> dict:
         raise ValueError(f"{path}: damaged, or not written by train.py") from error
 
 
-def check_writable(name: str, folder: Path) -> None:
+def check_writable(setting: str, folder: Path) -> None:
     """Raises OSError if no file could be written to a folder, which need not exist yet."""
     there = folder.absolute()
     while not there.exists():
@@ -285,7 +290,7 @@ def check_writable(name: str, folder: Path) -> None:
             pass
     except OSError as error:
         reason = f"nothing can be written to {there} ({error.strerror})"
-        raise OSError(f"{option(name)} {folder}: {reason}; give another") from error
+        raise OSError(f"{setting}: {reason}; give another") from error
 
 
 # ---------------------------------------------------------------------------- a training step
@@ -429,9 +434,9 @@ class Run:
         self.args = args
         self.out = Path(args.out)
         self.device = pick_device(args.device)
-        check_writable("out", self.out)
+        check_writable(f"out {args.out}", self.out)
         if args.merge is not None:
-            check_writable("merge", Path(args.merge).parent)
+            check_writable(f"merge {args.merge}", Path(args.merge).parent)
 
         # Data: read before anything that takes long, so that a mistake is told at once.
         texts = data.task_rows(args.task) if args.task else data.documents(args.data)
@@ -730,9 +735,9 @@ def start_in_words(entry: dict) -> str:
     if entry.get("plan"):
         (first, _), (last, total) = entry["plan"][0], entry["plan"][-1]
         lines.append(
-            f"growth    {settings['schedule']}: total rank {entry['total_rank']} -> {total}, budget "
-            f"{entry['budget']:,} {settings['budget']}, {len(entry['plan'])} allocations from step "
-            f"{first} to step {last}"
+            f"growth    {settings['schedule']}: total rank {entry['total_rank']} -> {total}, "
+            f"budget {entry['budget']:,} {settings['budget']}, {len(entry['plan'])} allocations "
+            f"from step {first} to step {last}"
         )
         if settings["budget"] == "ranks" and total < entry["budget"]:
             lines.append(
@@ -784,10 +789,13 @@ def finish(run: Run) -> None:
 
 
 def is_about_input(error: Exception) -> bool:
-    """Files can always fail. Else an error is about the input if code raises it on purpose, in a
-    line that begins with `raise`; a ValueError from within a line is a bug: keep its traceback."""
+    """Files can always fail. Else an error is about the input if the project or a fork raises it on
+    purpose, in a line that begins with `raise`; what comes from a library, or from within a line,
+    is a bug, and keeps its traceback."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return isinstance(error, OSError) or (where.line or "").startswith("raise")
+    library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    on_purpose = (where.line or "").startswith("raise")
+    return isinstance(error, OSError) or (on_purpose and not where.filename.startswith(library))
 
 
 def one_line(error: Exception) -> str:

@@ -240,6 +240,7 @@ class RankAllocator:
         self.adapters = adapters
         self.optimizer = optimizer
         self.schedule = schedule
+        self.target_rank = target_rank
         self.total_steps = total_steps
         self.warmup = warmup
         self.interval = interval
@@ -250,6 +251,7 @@ class RankAllocator:
         if count_numbers:
             linears = [adapter.base for adapter in adapters.values()]
             self.budget = target_rank * sum(x.in_features + x.out_features for x in linears)
+        self.prices: dict[tuple, int] = {}  # of numbers, for `price`
         self.check_settings()
 
         self.baseline = self.importances()
@@ -263,6 +265,8 @@ class RankAllocator:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule}: must be one of {', '.join(SCHEDULES)}")
+        if self.rest < 0:
+            raise ValueError(f"target_rank {self.target_rank}: the adapters have more already")
         steps = self.total_steps - self.warmup
         if not 0 < steps <= self.total_steps:
             raise ValueError(f"warmup {self.warmup}: must be from 0 to below {self.total_steps}")
@@ -297,6 +301,9 @@ class RankAllocator:
         # The threshold is the k-th largest score. Who is at or above it grows; of ties at the
         # threshold the first in module order, [:k], so that the budget is exact.
         scores = self.scores()
+        for name, score in scores.items():
+            if math.isnan(score):
+                raise ValueError(f"score {score} of {name}: must be a number that can be compared")
         scores = {name: scores[name] for name in scores if self.affordable(name) > 0}
         ranking = sorted(scores, key=scores.get, reverse=True)
         threshold = scores[ranking[:k][-1]]
@@ -342,16 +349,19 @@ class RankAllocator:
         """What is left of the budget, in ranks or numbers."""
         if not self.count_numbers:
             return self.budget - self.total_rank
-        tensors = [getattr(a, name) for a in self.adapters.values() for name in a.GROWS_ALONG]
-        return self.budget - sum(tensor.numel() for tensor in tensors)
+        trained = [p for a in self.adapters.values() for p in a.parameters() if p.requires_grad]
+        return self.budget - sum(p.numel() for p in trained)
 
     def price(self, name: str, n: int) -> int:
         """What n more ranks of a matrix take from the budget, in ranks or numbers."""
         if not self.count_numbers:
             return n
-        with torch.device("meta"):  # shapes alone: nothing is computed, no random number drawn
-            entries = self.adapters[name].new_entries(n)
-        return sum(tensor.numel() for tensor in entries.values())
+        key = (name, self.adapters[name].rank, n)
+        if key not in self.prices:
+            with torch.device("meta"):  # shapes alone: no random number is drawn
+                entries = self.adapters[name].new_entries(n)
+            self.prices[key] = sum(tensor.numel() for tensor in entries.values())
+        return self.prices[key]
 
     def affordable(self, name: str) -> int:
         """The ranks that a matrix may grow by: rank_step, or less where the rest pays for less."""
@@ -417,8 +427,10 @@ def add_adapters(
     that has adapters already.
     """
     init_rank = rank if init_rank is None else init_rank
+    if rank < 1:
+        raise ValueError(f"rank {rank}: must be 1 or more")
     if not 1 <= init_rank <= rank:
-        raise ValueError(f"rank {rank}, init_rank {init_rank}: must be 1 <= init_rank <= rank")
+        raise ValueError(f"init_rank {init_rank}: must be from 1 to the rank, {rank}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: must be from 0 to below 1")
     if method not in METHODS:

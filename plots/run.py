@@ -97,8 +97,8 @@ def draw_final_ranks(axes, ranks: dict[str, int]) -> None:
 
 def draw_importance(axes, log: list[dict]) -> None:
     """F of each matrix over the run, a colour for each kind."""
-    axes.set_title(r"Importance $F=\|L+U\|_F/r$: it falls where rank is added")
-    axes.set(xlabel="step", ylabel="F (no unit)")
+    axes.set_title("Importance: the normalised Frobenius norm of each core")
+    axes.set(xlabel="step", ylabel=r"$F=\|L+U\|_F/r$ (no unit)")
     if "importance" not in log[0]:
         axes.text(0.5, 0.5, "not measured: no growth", ha="center", transform=axes.transAxes)
         return

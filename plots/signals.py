@@ -132,7 +132,7 @@ class Worth(RankAllocator):
         return forward_hook
 
     def step(self, t: int) -> list[str]:
-        zero = torch.zeros((), device=next(iter(self.adapters.values())).lora_B.device)
+        zero = torch.zeros((), device=next(iter(self.adapters.values())).base.weight.device)
         now = torch.stack([self.now.get(name, zero) for name in self.worth])
         train.sum_processes([now])  # each process has seen its own tokens only
         for name, value in zip(self.worth, now.tolist(), strict=True):

@@ -1,20 +1,21 @@
-"""Methods x tasks x seeds, through train.py's own code: does growth pay, and does the importance know where?
+"""Methods x tasks x seeds, by train.py's own code: does growth pay, and does F know where?
 
-    python plots/compare.py                               # everything: hours on two CPU cores; goes on where it was
-    python plots/compare.py --tasks prose --seeds 1       # a part of it
-    python plots/compare.py --share 0 2                   # every second row, to run two processes side by side
+    python plots/experiments/compare.py                              # all: hours of two CPU cores
+    python plots/experiments/compare.py --tasks prose --seeds 1      # a part of it
+    python plots/experiments/compare.py --share 0 2                  # every second row, for two
+                                                                     # processes side by side
 
-Rules: the same steps and batches for all. The learning rate of each (task, row) is the one of RATES with the best
-validation result of seed 0; then it runs on the other seeds. Test results are of the last step, and of the step that
-was best on validation. A line of plots/compare.jsonl is a finished run with its whole configuration, never edited.
-`python plots/draw.py` makes the tables and figures of them.
+Rules: the same steps and batches for all. The learning rate of each task and row is the one of
+RATES with the best validation loss on seed 0; then it runs on the other seeds. Test results are of
+the last step, and of the step that was best on validation. A line of plots/results/compare.jsonl
+is a finished run with its whole configuration. `python plots/figures/draw.py` makes tables and
+figures of them.
 """
 
 import argparse
 import contextlib
 import functools
 import io
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -22,20 +23,29 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-import data  # noqa: E402
-import train  # noqa: E402
-from data import batch, text_examples  # noqa: E402
-from plots import adalora, signals  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import data
+import train
+from plots import signals  # noqa: F401  (enters worth and the others in SIGNALS)
+from plots.experiments import adalora, cells
 
 TASKS = {
     "prose": [],
     "prose, 20 000 tokens": [],
     "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"],
 }
-TOKENS = {"prose, 20 000 tokens": 20_000}  # of the training text; of the others all
 COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "60"]
+
+# Tokens of the training text; where none are named, all of them.
+TOKENS = {"prose, 20 000 tokens": 20_000}
+
+# Learning rates to try, of adapters; full fine-tuning tries a fifth of each.
+RATES = {
+    "prose": [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2],
+    "prose, 20 000 tokens": [1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2],
+    "modules": [5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2],
+}
+
 ROWS = {
     "full fine-tuning": ["--method", "full"],
     "LoRA": ["--method", "lora"],
@@ -44,142 +54,143 @@ ROWS = {
     "exponential": ["--schedule", "exponential"],
     "fixed": ["--schedule", "fixed"],
 }
-ROWS |= {
-    f"linear, {signal}": ["--score", signal] for signal in signals.SIGNALS if signal != "importance"
-}
-# Chosen with `worth` on validation, seeds 10 and 11: the ratio of 1, 0.3, 0.1, 0.03 and 0, then the rank of 1, 2, 3, 4 and 6.
-SLOW, SMALL = ["--core-lr-ratio", "0.1"], ["--init-rank", "2"]
-ROWS["core, no growth, slow core"] = ["--schedule", "none", *SLOW]
-ROWS |= {
-    f"linear, {signal}, equal numbers, slow core": ["--score", f"{signal}, equal numbers", *SLOW]
-    for signal in ("importance", "random", "uniform", "worth")
-}
-ROWS |= {
-    f"linear, {signal}, equal numbers, slow core, from rank 2": [
-        "--score",
-        f"{signal}, equal numbers",
-        *SLOW,
-        *SMALL,
-    ]
-    for signal in ("random", "uniform", "worth")
-}
-ROWS |= {adalora.ROW: ["--method", "full"]}  # peft puts its own adapters into a model that has none
-RATES = {
-    "prose": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
-    "prose, 20 000 tokens": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
-    "modules": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2),
-}  # of adapters; full fine-tuning tries a fifth of each
+for signal in ("random", "uniform", "sensitivity", "worth"):
+    ROWS[f"linear, {signal}"] = ["--score", signal]
+for signal in ("importance", "random", "uniform", "sensitivity", "worth"):
+    ROWS[f"linear, {signal}, equal numbers"] = ["--score", signal, "--budget", "numbers"]
+
+# The core's learning rate was chosen with `worth` on validation, seeds 10 and 11, of the ratios 1,
+# 0.3, 0.1, 0.03 and 0; then the initial rank, of 1, 2, 3, 4 and 6.
+SLOW_CORE = ["--core-lr-ratio", "0.1"]
+ROWS["core, no growth, slow core"] = ["--schedule", "none", *SLOW_CORE]
+for signal in ("importance", "random", "uniform", "worth"):
+    row = f"linear, {signal}, equal numbers"
+    ROWS[f"{row}, slow core"] = [*ROWS[row], *SLOW_CORE]
+for signal in ("random", "uniform", "worth"):
+    row = f"linear, {signal}, equal numbers, slow core"
+    ROWS[f"{row}, from rank 2"] = [*ROWS[row], "--init-rank", "2"]
+ROWS[adalora.ROW] = ["--method", "lora"]  # and then peft's adapters come instead
 
 
 class Measured(train.Run):
     """A run that also tests at every evaluation, for the step that is best on validation."""
 
     def note(self, kind: str, **values) -> None:
-        super().note(kind, **(values | self.evaluate("test") if kind == "eval" else values))
+        if kind == "eval":
+            values |= self.evaluate("test")
+        super().note(kind, **values)
 
     def sizes(self) -> dict[int, int]:
         """{step: how many numbers are trained after it}, where that changes."""
-        grown = {
-            entry["step"]: entry["trainable"] for entry in self.log if entry["kind"] == "allocation"
-        }
-        return {0: self.log[0]["trainable"]} | grown
+        sizes = {0: self.log[0]["trainable"]}
+        for entry in self.log:
+            if entry["kind"] == "allocation":
+                sizes[entry["step"]] = entry["trainable"]
+        return sizes
 
 
 class MeasuredAdaLoRA(adalora.AdaLoRA, Measured):
     """The same, of peft's AdaLoRA."""
 
 
-@functools.cache
-def code_windows(tokenizer: str, context: int) -> list[torch.Tensor]:
-    """64 windows of held-out code, the text of the base's pretraining."""
-    examples = text_examples("code", Tokenizer.from_str(tokenizer), context)[0]["test"]
-    return [examples[i] for i in range(0, len(examples), len(examples) // 64)][:64]
-
-
-@torch.no_grad()
-def code_loss(run: train.Run) -> float:
-    """Loss on code_windows, in nats per token."""
-    head, run.model.head = run.model.head, None  # of a classifier
-    context = run.model.config.context
-    chosen = code_windows(run.tokenizer.to_str(), context)
-    total = sum(
-        train.predict(run.model, *batch(chosen, part), run.device)[0].item()
-        for part in torch.arange(len(chosen)).split(8)
-    )
-    run.model.head = head
-    return total / (len(chosen) * context)
-
-
 def measure(task: str, row: str, rate: float, seed: int, options: list[str]) -> dict:
-    """One silent run, as a line of results."""
+    """One silent run, as a cell."""
     folder = f"runs/compare/{task}-{row}-{rate:g}-{seed}".replace(" ", "_")
-    given = [
-        *COMMON,
-        *TASKS[task],
-        *ROWS[row],
-        "--lr",
-        str(rate),
-        "--seed",
-        str(seed),
-        "--out",
-        folder,
-        *options,
-    ]
+    own = ["--lr", str(rate), "--seed", str(seed), "--out", folder]
+    args = train.parse_args([*COMMON, *TASKS[task], *ROWS[row], *own, *options])
     with contextlib.redirect_stdout(io.StringIO()):
-        run = (MeasuredAdaLoRA if row == adalora.ROW else Measured)(train.parse_args(given))
+        run = MeasuredAdaLoRA(args) if row == adalora.ROW else Measured(args)
         if task in TOKENS:
-            run.examples["train"] = run.examples["train"][: TOKENS[task] - run.model.config.context]
+            windows = run.examples["train"]
+            tokens = windows.tokens[: TOKENS[task]]
+            run.examples["train"] = data.Windows(tokens, windows.context, windows.stride)
         before = code_loss(run)
         run.train()
+        forgetting = code_loss(run) - before
+    cell = {"task": task, "row": row, "rate": rate, "seed": seed}
+    cell |= results(run) | {"forgetting": forgetting}
+    shutil.rmtree(run.out)
+    return cell
+
+
+def results(run: Measured) -> dict:
+    """What a finished run came to."""
+    first = run.log[0]
     evals = [entry for entry in run.log if entry["kind"] == "eval"]
+    last = evals[-1]
     best = min(evals, key=lambda entry: entry["val_loss"])
-    metrics = [key.removeprefix("val_") for key in evals[-1] if key.startswith("val_")]
-    trainable = run.sizes()
-    steps = [*trainable, run.args.steps]
-    mean = (
-        sum(n * (end - start) for (start, n), end in zip(trainable.items(), steps[1:]))
-        / run.args.steps
-    )
-    line = {
-        "task": task,
-        "row": row,
-        "rate": rate,
-        "seed": seed,
+    metrics = [key.removeprefix("val_") for key in last if key.startswith("val_")]
+    return {
         "settings": vars(run.args),
-        "before": {key: run.log[0][f"test_{key}"] for key in metrics},
-        "val": {key: evals[-1][f"val_{key}"] for key in metrics},
-        "best_val": {key: best[f"val_{key}"] for key in metrics},
-        "test": {key: evals[-1][f"test_{key}"] for key in metrics},
-        "best_test": {key: best[f"test_{key}"] for key in metrics},
+        "before": {metric: first[f"test_{metric}"] for metric in metrics},
+        "val": {metric: last[f"val_{metric}"] for metric in metrics},
+        "best_val": {metric: best[f"val_{metric}"] for metric in metrics},
+        "test": {metric: last[f"test_{metric}"] for metric in metrics},
+        "best_test": {metric: best[f"test_{metric}"] for metric in metrics},
         "best_step": best["step"],
-        "forgetting": code_loss(run) - before,
         "ranks": run.log[-1]["ranks"],
-        "trainable": {
-            "initial": trainable[0],
-            "peak": max(trainable.values()),
-            "mean": round(mean),
-            "final": run.log[-1]["trainable"],
-        },
+        "trainable": trained_numbers(run),
         "seconds": run.seconds,
-        "growth_seconds": run.growth_seconds,
         "file_bytes": (run.out / "adapter.pt").stat().st_size,
         "torch": torch.__version__,
         "peak_bytes": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None,
     }
-    shutil.rmtree(run.out)
-    return line
 
 
-def best_rate(cells: list[dict], rates: list[float]) -> list[float]:
-    """The rate of the lowest validation loss on seed 0; all of them until all have been tried."""
-    tried = {cell["rate"]: cell["val"]["loss"] for cell in cells if cell["seed"] == 0}
-    return [min(tried, key=tried.get)] if len(tried) == len(rates) else rates
+def trained_numbers(run: Measured) -> dict[str, int]:
+    """How many numbers were trained: at first, at most, on average over the steps, in the end."""
+    sizes = run.sizes()
+    ends = [*sizes, run.args.steps][1:]
+    total = 0
+    for (start, size), end in zip(sizes.items(), ends, strict=True):
+        total += size * (end - start)
+    return {
+        "initial": sizes[0],
+        "peak": max(sizes.values()),
+        "mean": round(total / run.args.steps),
+        "final": run.log[-1]["trainable"],
+    }
 
 
-def rates_of(task: str, row: str) -> list[float]:
-    """The learning rates to try."""
-    rates = (adalora.RATES if row == adalora.ROW else RATES)[task]
-    return [rate / 5 if row == "full fine-tuning" else rate for rate in rates]
+@torch.no_grad()
+def code_loss(run: train.Run) -> float:
+    """Loss on held-out code, the text of the base's pretraining, in nats per token."""
+    run.model.eval()
+    context = run.model.config.context
+    windows = code_windows(run.tokenizer.to_str(), context)
+    head = run.model.head
+    run.model.head = None  # a classifier becomes a language model for this
+    total = 0.0
+    for part in torch.arange(len(windows)).split(8):
+        inputs, targets = data.batch(windows, part)
+        total += train.predict(run.model, inputs, targets, run.device)[0].item()
+    run.model.head = head
+    return total / (len(windows) * context)
+
+
+@functools.cache
+def code_windows(tokenizer: str, context: int) -> list[data.Example]:
+    """64 windows of held-out code."""
+    documents = data.documents("code")
+    windows = data.text_examples("code", documents, Tokenizer.from_str(tokenizer), context)["test"]
+    return [windows[i] for i in range(0, len(windows), len(windows) // 64)][:64]
+
+
+def rates_to_try(task: str, row: str) -> list[float]:
+    if row == adalora.ROW:
+        return adalora.RATES[task]
+    if row == "full fine-tuning":
+        return [rate / 5 for rate in RATES[task]]
+    return RATES[task]
+
+
+def rates_to_run(done: list[dict], rates: list[float], seed: int) -> list[float]:
+    """What a task and row have yet to run with a seed: all rates on seed 0, later the best one."""
+    if seed > 0:
+        losses = {cell["rate"]: cell["val"]["loss"] for cell in done if cell["seed"] == 0}
+        rates = [min(losses, key=losses.get)]
+    ran = [cell["rate"] for cell in done if cell["seed"] == seed]
+    return [rate for rate in rates if rate not in ran]
 
 
 def main() -> None:
@@ -192,36 +203,24 @@ def main() -> None:
     parser.add_argument(
         "--share", type=int, nargs=2, default=(0, 1), help="i n: the rows i, i + n, i + 2n, ..."
     )
-    parser.add_argument("--results", type=Path, default=HERE / "compare.jsonl")
-    args, options = parser.parse_known_args()
-    args.results.touch()
-    if adalora.peft is None and adalora.ROW in args.rows:
+    parser.add_argument("--results", type=Path, default=cells.RESULTS / "compare.jsonl")
+    args, options = parser.parse_known_args()  # options: for train.py, of every run
+    if adalora.ROW in args.rows and not adalora.AVAILABLE:
         print(f"{adalora.ROW} is left out: peft is not installed", flush=True)
         args.rows.remove(adalora.ROW)
-    if "modules" in args.tasks:
-        rows = data.module_rows()
-        data.module_rows = lambda: rows  # parsed once for all runs
-    pairs = [(task, row) for task in args.tasks for row in args.rows][
-        args.share[0] :: args.share[1]
-    ]
+    data.module_rows = functools.cache(data.module_rows)  # parsed once for all runs
+
+    first, step = args.share
+    pairs = [(task, row) for task in args.tasks for row in args.rows][first::step]
     for seed in range(args.seeds):
         for task, row in pairs:
-            cells = [
-                cell
-                for cell in map(json.loads, args.results.read_text().splitlines())
-                if (cell["task"], cell["row"]) == (task, row)
-            ]
-            rates = rates_of(task, row)
-            done = {(cell["rate"], cell["seed"]) for cell in cells}
-            for rate in rates if seed == 0 else best_rate(cells, rates):
-                if (rate, seed) not in done:
-                    line = measure(task, row, rate, seed, options)
-                    with open(args.results, "a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    print(
-                        f"{task}; {row}; rate {rate:g}; seed {seed}; test {line['test']}; {line['seconds']:.0f} s",
-                        flush=True,
-                    )
+            done = [cell for cell in cells.read(args.results) if cell["task"] == task]
+            done = [cell for cell in done if cell["row"] == row]
+            for rate in rates_to_run(done, rates_to_try(task, row), seed):
+                cell = measure(task, row, rate, seed, options)
+                cells.append(args.results, cell)
+                told = f"test {cell['test']}; {cell['seconds']:.0f} s"
+                print(f"{task}; {row}; rate {rate:g}; seed {seed}; {told}", flush=True)
 
 
 if __name__ == "__main__":

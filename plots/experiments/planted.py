@@ -1,51 +1,61 @@
-"""A ground truth for rank allocation: does the rank go where it is needed? A teacher knows the answer.
+"""A ground truth for rank allocation: does the rank go where it is needed? A teacher knows.
 
-    python plots/planted.py                              # 9 signals, 5 seeds: 10 minutes of one core
-    python plots/planted.py --seeds 1 --steps 20 --signals paper worth --results quick.jsonl
+    python plots/experiments/planted.py                    # 9 signals, 5 seeds: 10 minutes
+    python plots/experiments/planted.py --seeds 1 --steps 20 --signals paper worth \\
+        --results quick.jsonl
 
-The teacher is the base with low-rank changes planted in a random third of its matrices. The student is the base with
-an adapter of rank 1 on every matrix; it learns the teacher's distribution, and its budget is just what the changes
-need. A signal is good if the added rank lands in planted matrices (`share`: by chance 1/3, at best 1) in the right
-amounts (`correlation`: Spearman's, of final and planted ranks). Each cell is a line of plots/planted.jsonl; done cells
-are skipped.
+The teacher is the base with low-rank changes planted in a random third of its matrices. The student
+is the base with an adapter of rank 1 on every matrix; it learns the teacher's distribution, and its
+budget is just what the changes need. A signal is good if the added rank lands in planted matrices
+(`share`: by chance 1/3, at best 1) in the right amounts (`correlation`: Spearman's, of final and
+planted ranks). Each cell is a line of plots/results/planted.jsonl; finished cells are skipped.
 
-Each change alone moves the output by the same KL divergence. Scaled to one fraction of their matrices' norms instead,
-they would differ by four orders of magnitude, and those in q and k of the later blocks could not be seen at all.
+Each change alone moves the output by the same KL divergence. Scaled to one fraction of their
+matrices' norms instead, they would differ by four orders of magnitude, and those in q and k of the
+later blocks could not be seen at all.
 """
 
 import argparse
 import copy
-import json
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-import train  # noqa: E402
-from data import batch, text_examples  # noqa: E402
-from plots.signals import Random, Sensitivity, Uniform, Worth  # noqa: E402
-from triadapt import RankAllocator, add_adapters  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import data
+import train
+from model import GPT
+from plots.experiments import cells
+from plots.signals import Random, Sensitivity, Uniform, Worth
+from triadapt import RankAllocator, add_adapters
 
-RANKS, TARGET_RANK, CONTEXT = (2, 4, 5, 6, 8, 9, 10, 12), 3, 64  # 8 of 24 matrices need 24 x 2 more
+# 8 of 24 matrices, for an exact fit of the budget: 24 x 2 ranks more than the student begins with.
+RANKS = [2, 4, 5, 6, 8, 9, 10, 12]
+TARGET_RANK = 3
+CONTEXT = 64
+
+
+# The signals, by the names of the rows.
 
 
 class Total(Worth):
     """The worth of the whole change, not per rank."""
 
     def scores(self) -> dict[str, float]:
-        return self.state["worth"]
+        return dict(self.worth)
 
 
 class Gate(Total):
-    """The derivative of the loss along the strength of the whole change, squared: here tokens may cancel."""
+    """The derivative of the loss along the strength of the whole change, squared: here tokens may
+    cancel."""
 
     @staticmethod
-    def value(products: torch.Tensor) -> torch.Tensor:
+    def value(products: Tensor) -> Tensor:
         return products.sum().square()
 
 
@@ -59,16 +69,23 @@ class Gradient(RankAllocator):
     """The norm of B's gradient: where the next step would change most."""
 
     def scores(self) -> dict[str, float]:
-        return {name: adapter.lora_B.grad.norm().item() for name, adapter in self.adapters.items()}
+        scores = dict.fromkeys(self.adapters, 0.0)
+        for name, adapter in self.adapters.items():
+            if adapter.lora_B.grad is not None:
+                scores[name] = adapter.lora_B.grad.norm().item()
+        return scores
 
 
 class Oracle(RankAllocator):
-    """Knows the planted ranks, which measure() tells it."""
+    """Knows the planted ranks, which Student tells it."""
 
     planted = {}
 
     def scores(self) -> dict[str, float]:
-        return {name: self.planted[name] - adapter.rank for name, adapter in self.adapters.items()}
+        missing = {}
+        for name, adapter in self.adapters.items():
+            missing[name] = float(self.planted.get(name, 0) - adapter.rank)
+        return missing
 
 
 SIGNALS = {
@@ -84,119 +101,169 @@ SIGNALS = {
 }
 
 
-def divergence(model, teacher, ids) -> torch.Tensor:
+# The teacher.
+
+
+def divergence(model: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
     """Mean KL divergence of the model's distribution from the teacher's, in nats per token."""
-    logs = [net(ids).log_softmax(-1).flatten(0, 1) for net in (model, teacher)]
-    return F.kl_div(*logs, log_target=True, reduction="batchmean")
+    own = model(ids).log_softmax(-1).flatten(0, 1)
+    wanted = teacher(ids).log_softmax(-1).flatten(0, 1)
+    return nn.functional.kl_div(own, wanted, log_target=True, reduction="batchmean")
 
 
 @torch.no_grad()
-def plant(base, targets: list[str], ids, seed: int, effect: float) -> tuple:
-    """(teacher, {matrix: planted rank, 0 for none}). A change maps random mixtures of the inputs to random outputs."""
-    generator, inputs = torch.Generator().manual_seed(seed), {}
-    teacher, alone = copy.deepcopy(base), copy.deepcopy(base)
+def plant(
+    base: GPT, targets: list[str], ids: Tensor, seed: int, effect: float
+) -> tuple[GPT, dict[str, int]]:
+    """(teacher, {matrix: planted rank, 0 for none})."""
+    generator = torch.Generator().manual_seed(seed)
     names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in targets]
-    hooks = [
-        base.get_submodule(name).register_forward_pre_hook(
-            lambda module, x, name=name: inputs.update({name: x[0].flatten(0, -2)})
-        )
-        for name in names
-    ]
-    base(ids)
-    for hook in hooks:
-        hook.remove()
+    order = torch.randperm(len(names), generator=generator).tolist()
+    inputs = inputs_of(base, names, ids)
+    teacher = copy.deepcopy(base)
+    alone = copy.deepcopy(base)  # with one change at a time
     planted = dict.fromkeys(names, 0)
-    for i, rank in zip(
-        torch.randperm(len(names), generator=generator)[: len(names) // 3].tolist(), RANKS
-    ):
-        name, weight, x = names[i], alone.get_submodule(names[i]).weight, inputs[names[i]]
-        rows = torch.randn(rank, len(x), generator=generator) @ (x - x.mean(0))
-        change = torch.randn(len(weight), rank, generator=generator) @ rows
-        change, original, low, high = (
-            change * weight.norm() / change.norm(),
-            weight.clone(),
-            0.01,
-            20.0,
-        )
-        for _ in range(8):  # bisection in the logarithm
-            scale = (low * high) ** 0.5
-            weight.copy_(original + scale * change)
-            low, high = (scale, high) if divergence(alone, base, ids) < effect else (low, scale)
-        weight.copy_(original)
-        teacher.get_submodule(name).weight.add_(scale * change)
+    for i, rank in zip(order[: len(names) // 3], RANKS, strict=False):
+        name = names[i]
+        change = low_rank(base.get_submodule(name).weight, inputs[name], rank, generator)
+        change = scaled_to(effect, change, alone.get_submodule(name).weight, alone, base, ids)
+        teacher.get_submodule(name).weight.add_(change)
         planted[name] = rank
     return teacher.requires_grad_(False), planted
 
 
-def ordinal(values) -> np.ndarray:
-    """Ranks of values, ties at their middle."""
-    values = np.array([*values])
-    return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+def inputs_of(base: GPT, names: list[str], ids: Tensor) -> dict[str, Tensor]:
+    """What each matrix is multiplied by: {name: (tokens, d_in)}."""
+    inputs = {}
+    hooks = []
+    for name in names:
+
+        def note(module, x, name=name) -> None:
+            inputs[name] = x[0].flatten(0, -2)
+
+        hooks.append(base.get_submodule(name).register_forward_pre_hook(note))
+    base(ids)
+    for hook in hooks:
+        hook.remove()
+    return inputs
 
 
-def measure(signal: str, seed: int, base, examples: dict, config: dict) -> dict:
-    """One student, from its teacher to its measures."""
-    began, steps, student = time.process_time(), config["steps"], copy.deepcopy(base)
-    size = config["batch_size"]
+def low_rank(weight: Tensor, x: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """A change as large as the weight, from random mixtures of its inputs to random outputs."""
+    rows = torch.randn(rank, len(x), generator=generator) @ (x - x.mean(0))  # (rank, d_in)
+    change = torch.randn(len(weight), rank, generator=generator) @ rows  # (d_out, d_in)
+    return change * weight.norm() / change.norm()
 
-    def draw(seed: int, step: int) -> torch.Tensor:
-        numbers = np.random.default_rng((seed, step)).integers(len(examples["train"]), size=size)
-        return batch(examples["train"], numbers)[0]
 
-    sample = torch.cat([draw(1_000_000 + seed, step) for step in range(4)])
-    teacher, planted = plant(base, config["targets"], sample, seed, config["effect"])
-    torch.manual_seed(seed)
-    adapters = add_adapters(
-        student, config["targets"], rank=TARGET_RANK, init_rank=1, alpha=2 * TARGET_RANK
-    )
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    allocator = SIGNALS[signal](
-        adapters,
-        optimizer,
-        schedule="fixed",
-        top_k=config["top_k"],
-        target_rank=TARGET_RANK,
-        total_steps=steps,
-        warmup=config["warmup"],
-        interval=config["interval"],
-    )
-    allocator.planted = planted  # for the oracle alone
+def scaled_to(
+    effect: float, change: Tensor, weight: Tensor, alone: GPT, base: GPT, ids: Tensor
+) -> Tensor:
+    """The change, scaled to move the output of `alone` by this divergence from the base's."""
+    original = weight.clone()
+    low = 0.01
+    high = 20.0
+    for _ in range(8):  # bisection in the logarithm
+        scale = (low * high) ** 0.5
+        weight.copy_(original + scale * change)
+        if divergence(alone, base, ids) < effect:
+            low = scale
+        else:
+            high = scale
+    weight.copy_(original)
+    return scale * change
+
+
+# The student.
+
+
+def draw(examples: dict, seed: int, step: int, size: int) -> Tensor:
+    """Training inputs of a step: (size, context)."""
+    return train.draw_batch(examples["train"], seed, step, size)[0]
+
+
+class Student:
+    """The base with adapters, which learns the teacher's distribution."""
+
+    def __init__(self, signal: str, base: GPT, teacher: GPT, planted: dict, config: dict):
+        self.teacher = teacher
+        self.config = config
+        self.model = copy.deepcopy(base)
+        self.adapters = add_adapters(
+            self.model, config["targets"], rank=TARGET_RANK, init_rank=1, alpha=2 * TARGET_RANK
+        )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.allocator = SIGNALS[signal](
+            self.adapters,
+            self.optimizer,
+            schedule="fixed",
+            top_k=config["top_k"],
+            target_rank=TARGET_RANK,
+            total_steps=config["steps"],
+            warmup=config["warmup"],
+            interval=config["interval"],
+        )
+        self.allocator.planted = planted  # for the oracle alone
+
+    def step(self, t: int, ids: Tensor) -> None:
+        group = self.optimizer.param_groups[0]
+        group["lr"] = train.learning_rate(t, self.config["steps"], self.config["lr"])
+        loss = divergence(self.model, self.teacher, ids)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.optimizer.step()
+        self.allocator.step(t)
 
     @torch.no_grad()
-    def validate() -> float:
-        chosen = (
-            batch(examples["val"], part)[0]
-            for part in torch.arange(len(examples["val"])).split(size)[:32]
-        )
-        return float(np.mean([divergence(student, teacher, ids).item() for ids in chosen]))
+    def validate(self, windows) -> float:
+        """Mean divergence over 32 batches."""
+        values = []
+        for part in torch.arange(len(windows)).split(self.config["batch_size"])[:32]:
+            inputs, _ = data.batch(windows, part)
+            values.append(divergence(self.model, self.teacher, inputs).item())
+        return statistics.mean(values)
 
-    before = validate()
-    for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, steps, config["lr"])
-        loss = divergence(student, teacher, draw(seed, step))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        allocator.step(step)
-    ranks = {name: adapter.rank for name, adapter in adapters.items()}
-    both = ordinal(ranks.values()), ordinal(planted.values())
-    share = sum(ranks[name] - 1 for name in ranks if planted[name]) / (
-        allocator.total_rank - len(ranks)
-    )
-    correlation = float(np.corrcoef(*both)[0, 1]) if min(x.std() for x in both) else 0.0
+
+def measure(signal: str, seed: int, base: GPT, examples: dict, config: dict) -> dict:
+    """One student, from its teacher to its measures."""
+    began = time.process_time()
+    size = config["batch_size"]
+    sample = torch.cat([draw(examples, 1_000_000 + seed, step, size) for step in range(4)])
+    teacher, planted = plant(base, config["targets"], sample, seed, config["effect"])
+    torch.manual_seed(seed)
+    student = Student(signal, base, teacher, planted, config)
+    before = student.validate(examples["val"])
+    for step in range(1, config["steps"] + 1):
+        student.step(step, draw(examples, seed, step, size))
+
+    ranks = {name: adapter.rank for name, adapter in student.adapters.items()}
+    right = sum(rank - 1 for name, rank in ranks.items() if planted[name] > 0)
     return {
         "signal": signal,
         "seed": seed,
-        "share": share,
-        "correlation": correlation,
+        "share": right / (sum(ranks.values()) - len(ranks)),
+        "correlation": spearman(list(ranks.values()), list(planted.values())),
         "kl_before": before,
-        "kl": validate(),
+        "kl": student.validate(examples["val"]),
         "ranks": ranks,
         "planted": planted,
         "seconds": time.process_time() - began,
     }
+
+
+def spearman(one: list[int], two: list[int]) -> float:
+    """The correlation of the places that two lists give, ties at their middle; 0 if all tie."""
+    if len(set(one)) == 1 or len(set(two)) == 1:
+        return 0.0
+    return float(np.corrcoef(places(one), places(two))[0, 1])
+
+
+def places(values: list[int]) -> np.ndarray:
+    values = np.array(values)
+    smaller = (values[:, None] > values).sum(1)
+    equal = (values[:, None] == values).sum(1)
+    return smaller + equal / 2
 
 
 def main() -> None:
@@ -207,16 +274,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--signals", nargs="+", default=[*SIGNALS], choices=[*SIGNALS])
     parser.add_argument("--top-k", type=int, default=4, help="matrices that grow at an allocation")
-    parser.add_argument(
-        "--effect", type=float, default=0.03, help="KL divergence that each change alone makes"
-    )
-    parser.add_argument("--results", type=Path, default=HERE / "planted.jsonl")
+    parser.add_argument("--effect", type=float, default=0.03, help="KL divergence of a change")
+    parser.add_argument("--results", type=Path, default=cells.RESULTS / "planted.jsonl")
     args, more = parser.parse_known_args()  # more: train.py's, such as --base and --data
     settings = train.parse_args(["--data", "code", "--batch-size", "4", "--device", "cpu", *more])
     torch.set_num_threads(1)
-    base, tokenizer = train.load_base(settings, torch.device("cpu"))
+    tokenizer, base = load_base(settings)
     context = min(CONTEXT, base.config.context)
-    examples, _ = text_examples(settings.data, tokenizer, context)
+    texts = data.documents(settings.data)
+    examples = data.text_examples(settings.data, texts, tokenizer, context)
     config = {
         "steps": args.steps,
         "top_k": args.top_k,
@@ -233,22 +299,31 @@ def main() -> None:
         "base": settings.base,
         "base_steps": settings.base_steps,
     }
-    args.results.touch()
-    done = [json.loads(line) for line in args.results.read_text().splitlines()]
+    done = [(cell["signal"], cell["seed"], cell["config"]) for cell in cells.read(args.results)]
     for seed in range(args.seeds):
         for signal in args.signals:
-            if not any(
-                cell["signal"] == signal and cell["seed"] == seed and cell["config"] == config
-                for cell in done
-            ):
-                cell = measure(signal, seed, base, examples, config) | {"config": config}
-                with open(args.results, "a") as file:
-                    file.write(json.dumps(cell) + "\n")
-                print(
-                    f"{signal}, seed {seed}: share {cell['share']:.2f}, correlation {cell['correlation']:.2f}, "
-                    f"KL {cell['kl_before']:.3f} -> {cell['kl']:.4f}, {cell['seconds']:.0f} s",
-                    flush=True,
-                )
+            if (signal, seed, config) not in done:
+                cell = measure(signal, seed, base, examples, config)
+                cells.append(args.results, cell | {"config": config})
+                print(in_words(cell), flush=True)
+
+
+def load_base(settings: argparse.Namespace) -> tuple:
+    """(tokenizer, model) of train.py's base, pretrained if it is not yet."""
+    device = torch.device("cpu")
+    parts = train.load_base(settings, device)
+    tokenizer, base = train.open_base(parts, settings.base)
+    if parts["model"] is None:
+        train.pretrain(base, tokenizer, settings.base_steps, device)
+    return tokenizer, base
+
+
+def in_words(cell: dict) -> str:
+    return (
+        f"{cell['signal']}, seed {cell['seed']}: share {cell['share']:.2f}, correlation "
+        f"{cell['correlation']:.2f}, KL {cell['kl_before']:.3f} -> {cell['kl']:.4f}, "
+        f"{cell['seconds']:.0f} s"
+    )
 
 
 if __name__ == "__main__":

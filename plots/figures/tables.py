@@ -1,127 +1,183 @@
-"""Write the tables of README.md and plots/RESULTS.md, between their marker lines, from the files in plots/.
+"""Write the tables of README.md, plots/RESULTS.md and plots/BENCH.md from plots/results/.
 
-python plots/readme.py            # rewrites the tables; so does plots/draw.py, after all figures
+    python plots/figures/tables.py            # so does draw.py, after all figures
+
+A table stands between two marker lines of its page; all else on the page is written by hand.
 """
 
-import json
-import random
 import re
 import statistics
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-PAGES = HERE.parent / "README.md", HERE / "RESULTS.md"
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import train
+from plots.experiments import cells
+from plots.figures.intervals import (
+    Rows,
+    better_sign,
+    clear_side,
+    half_width,
+    metric_of,
+    paired,
+    per_task,
+    results_of,
+    shared_seeds,
+)
+
+PAGES = [ROOT / "README.md", ROOT / "plots" / "RESULTS.md", ROOT / "plots" / "BENCH.md"]
 
 
-def defaults_table(lines: list[str]) -> str:
-    """The rows of plots/defaults.jsonl: mean and standard deviation over seeds, best learning rate by validation loss."""
-    cells = [json.loads(line) for line in lines]
-    rows = {}
-    for cell in cells:
-        rows.setdefault(cell["row"], []).append(cell)
-    best = {}  # of the rows that differ in the learning rate only
-    for row, runs in rows.items():
-        name = row.partition(", lr ")[0]
-        loss = statistics.mean(run["val_loss"] for run in runs)
-        if name not in best or loss < best[name][0]:
-            best[name] = (loss, runs)
-    seeds = {len(runs) for _, runs in best.values()}
-    base = cells[0]["base_loss"]
-    text = [
-        f"Test loss on prose in nats per token, mean ± standard deviation of {min(seeds)} seeds; the base has "
-        f"{base:.3f}. The learning rate of each method was chosen on the validation split, with seed 0, from the "
-        "grid in plots/defaults.py; rows that differ in growth only share one rate.",
-        "",
-        "| | test loss | learning rate | trainable at the end | budget spent at step |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, (_, runs) in best.items():
-        losses = [run["test_loss"] for run in runs]
-        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-        spent = max(run["spent_at"] for run in runs) or "–"
-        text.append(
-            f"| {name} | {statistics.mean(losses):.3f} ± {spread:.3f} | {runs[0]['settings']['lr']:g} | "
-            f"{round(statistics.mean(run['trainable'] for run in runs)):,} | {spent} |"
-        )
-    return "\n".join(text)
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def bootstrap(differences: list[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean, from 10 000 resamples with a fixed seed."""
-    rng = random.Random(0)
-    means = sorted(
-        statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(10_000)
+def mean_and_deviation(values: list[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def difference(gaps: list[float]) -> str:
+    """Mean and half width of the 95 % interval, bold if the interval is clear of zero."""
+    if not gaps:
+        return "–"
+    text = f"{statistics.mean(gaps):+.4f}"
+    if half_width(gaps) == half_width(gaps):  # not nan
+        text += f" ± {half_width(gaps):.4f}"
+    return f"**{text}**" if clear_side(gaps) else text
+
+
+# README.md.
+
+# What the paper says, and where it is: file, and function, class, method or table. A test is given
+# by the beginning of its name.
+PAPER = {
+    "y = W x + b + s B (L + U) A x": [
+        "triadapt.py LoRALinear.forward",
+        "triadapt.py TriAdaptLinear.factors",
+    ],
+    "the triangular split L + U, and how it is packed": [
+        "triadapt.py TriAdaptLinear.core",
+        "triadapt.py unpack_triangle",
+    ],
+    "the start, and what a new rank starts as": ["triadapt.py TriAdaptLinear.new_entries"],
+    "growth of a matrix: a column of B, a row of L, a column of U, a row of A": [
+        "triadapt.py LoRALinear.grow"
+    ],
+    "Adam's state at growth": ["triadapt.py carry_state"],
+    "r (d_in + d_out) + r (r + 1) trained numbers": ["test_triadapt.py test_trained_parameters"],
+    "importance F = ‖L + U‖_F / r, the normalised Frobenius norm": [
+        "triadapt.py TriAdaptLinear.importance"
+    ],
+    "score: the change of F": ["triadapt.py RankAllocator.scores"],
+    "dynamic threshold: k = ⌊Q m⌋, ⌊exp(m ln Q)⌋ or a constant; the k-th largest score": [
+        "triadapt.py SCHEDULES",
+        "triadapt.py RankAllocator.count",
+        "triadapt.py RankAllocator.step",
+    ],
+    "growth in the training loop": ["train.py Run.train"],
+}
+
+
+def paper_table() -> str:
+    """The paper's equations in reading order, with links to the lines that compute them."""
+    rows = []
+    for what, places in PAPER.items():
+        links = [link_to(*place.split()) for place in places]
+        rows.append([what, ", ".join(links)])
+    return table(["paper", "code"], rows)
+
+
+def link_to(file: str, name: str) -> str:
+    """A link to the line where a name is defined; of Class.method, below the class."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    number = 0
+    for part in name.split("."):
+        more = r"\w*" if part.startswith("test_") else ""
+        pattern = re.compile(rf" *((def|class) ({part}{more})\b|{part} = )")
+        while number < len(lines) and not pattern.match(lines[number]):
+            number += 1
+        if number == len(lines):
+            raise LookupError(f"{file} has no {name}: change PAPER in plots/figures/tables.py")
+    shown = name
+    if name.startswith("test_"):
+        shown = pattern.match(lines[number]).group(3)
+    return f"[`{shown}`]({file}#L{number + 1})"
+
+
+def first_run() -> str:
+    """What the main command says, in a few lines of the committed run's log."""
+    log = cells.read(cells.RESULTS / "first_run" / "log.jsonl")
+    first, last = log[0], log[-1]
+    grown = [i for i, entry in enumerate(log) if entry["kind"] == "allocation"]
+    evals = [i for i, entry in enumerate(log) if entry["kind"] == "eval"]
+    start = train.in_words(log[:1]).splitlines()
+    lines = [line for line in start if line.startswith(("adapted", "growth", "base"))]
+    for i in (grown[0], grown[-1], evals[-1]):
+        lines.append(train.in_words(log[: i + 1]))
+    shown = "\n".join(f"    {line}" for line in lines)
+    return (
+        f"{shown}\n\nExpect a test loss of {first['test_loss']:.2f} nats per token before adapting "
+        f"and {last['test_loss']:.2f} after, with a total rank that grows from "
+        f"{first['total_rank']} to {last['total_rank']}."
     )
-    return means[250], means[9750]
 
 
-def chosen_cells(cells: list[dict]) -> dict[str, dict[int, dict]]:
-    """{row: {seed: cell}} of one task, at each row's learning rate of lowest validation loss on seed 0."""
-    rows = {}
-    for row in dict.fromkeys(cell["row"] for cell in cells):
-        tried = {
-            cell["rate"]: cell["val"]["loss"]
-            for cell in cells
-            if cell["row"] == row and cell["seed"] == 0
-        }
-        rate = min(tried, key=tried.get)
-        rows[row] = {
-            cell["seed"]: cell for cell in cells if cell["row"] == row and cell["rate"] == rate
-        }
-    return rows
+BEST = "linear, worth, equal numbers, slow core, from rank 2"
+FOUND = {  # how README calls a row: its name in compare.jsonl
+    "full fine-tuning": "full fine-tuning",
+    "LoRA": "LoRA",
+    "TriAdaptLoRA's core at its full rank, no growth": "core, no growth",
+    "growth by the paper's importance": "linear",
+    "growth at random": "linear, random",
+    "growth by `worth`, LoRA's numbers, slow core, from rank 2": BEST,
+}
 
 
-def compare_table(lines: list[str]) -> str:
-    """plots/compare.jsonl, a table per task: mean and deviation, paired difference to LoRA, and what it costs."""
-    cells, text = [json.loads(line) for line in lines], []
-    for task in dict.fromkeys(cell["task"] for cell in cells):
-        rows = chosen_cells([cell for cell in cells if cell["task"] == task])
-        metric, better = ("accuracy", "higher") if task == "modules" else ("loss", "lower")
-        before = cells[[cell["task"] for cell in cells].index(task)]["before"][metric]
-        text += [
-            f"**{task}**: test {metric} ({better} is better; {before:.3f} before adapting)",
-            "",
-            f"| | seeds | test {metric} | minus LoRA, paired, 95 % | at the step best on validation | learning rate | "
-            "trainable: first, peak, mean, last | forgetting | seconds, of growth | file, kB |",
-            "| --- " * 10 + "|",
-        ]
-        order = sorted(
-            rows, key=lambda row: statistics.mean(c["test"][metric] for c in rows[row].values())
-        )
-        for row in order if better == "lower" else order[::-1]:
-            runs = rows[row]
-            values = [cell["test"][metric] for cell in runs.values()]
-            paired = [
-                runs[seed]["test"][metric] - rows["LoRA"][seed]["test"][metric]
-                for seed in runs
-                if seed in rows["LoRA"]
-            ]
-            low, high = bootstrap(paired)
-            gap = (
-                ""
-                if row == "LoRA"
-                else f"{statistics.mean(paired):+.4f} ({low:+.4f} to {high:+.4f})"
-            )
-            median = {
-                key: statistics.median(cell[key] for cell in runs.values())
-                for key in ("seconds", "growth_seconds", "file_bytes")
-            }
-            trainable = (
-                statistics.mean(cell["trainable"][key] for cell in runs.values())
-                for key in ("initial", "peak", "mean", "final")
-            )
-            text.append(
-                f"| {row} | {len(runs)} | {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f} | {gap} | "
-                f"{statistics.mean(cell['best_test'][metric] for cell in runs.values()):.4f} | "
-                f"{next(iter(runs.values()))['rate']:g} | {', '.join(f'{n:,.0f}' for n in trainable)} | "
-                f"{statistics.mean(cell['forgetting'] for cell in runs.values()):.2f} | "
-                f"{median['seconds']:.0f}, {median['growth_seconds']:.1f} | {median['file_bytes'] / 1000:.0f} |"
-            )
-        text.append("")
-    return "\n".join(text)
+def found_table() -> str:
+    """The rows of README's section on what was found."""
+    tasks = per_task(cells.read(cells.RESULTS / "compare.jsonl"))
+    head = [f"{task}, {metric_of(rows)}" for task, rows in tasks.items()]
+    lines = []
+    for label, row in FOUND.items():
+        seeds = {len(shared_seeds(rows, row)) for rows in tasks.values()}
+        shown = [difference(paired(rows, row)) for rows in tasks.values()]
+        if row == "LoRA":
+            seeds = seed_counts(tasks, FOUND.values())
+            shown = [levels_of_lora(rows, FOUND.values()) for rows in tasks.values()]
+        lines.append([label, ", ".join(map(str, sorted(seeds))), *shown])
+    return (
+        "Test loss in nats per token (lower is better) and accuracy (higher is better), minus "
+        "LoRA's with the same seeds: mean ± 95 % interval by Student's t, **bold** where it is "
+        "clear of zero. LoRA's own row: its mean over as many seeds.\n\n"
+        + table(["", "seeds", *head], lines)
+    )
 
 
-SUMMARY = {  # what comparable rows share, and their names in plots/compare.jsonl
+# What is said of LoRA itself: its mean over just those seeds that other rows are paired with.
+
+
+def seed_counts(tasks: dict[str, Rows], names) -> set[int]:
+    counts = {len(shared_seeds(rows, row)) for rows in tasks.values() for row in names}
+    return counts - {0}
+
+
+def levels_of_lora(rows: Rows, names) -> str:
+    """LoRA's mean over the seeds of each other row, one for each number of seeds."""
+    levels = {}
+    for row in names:
+        seeds = shared_seeds(rows, row)
+        if row != "LoRA" and seeds:
+            levels[len(seeds)] = statistics.mean(results_of(rows, "LoRA", seeds))
+    return ", ".join(f"{levels[n]:.4f}" for n in sorted(levels))
+
+
+# plots/RESULTS.md.
+
+SUMMARY = {  # what comparable rows share: their names in compare.jsonl
     "references": ["LoRA", "full fine-tuning", "AdaLoRA (peft)"],
     "at equal total rank": [
         "core, no growth",
@@ -134,242 +190,292 @@ SUMMARY = {  # what comparable rows share, and their names in plots/compare.json
         "linear, worth",
     ],
     "with no more numbers than LoRA": [
-        f"linear, {signal}, equal numbers"
-        for signal in ("importance", "random", "uniform", "sensitivity", "worth")
+        "linear, importance, equal numbers",
+        "linear, random, equal numbers",
+        "linear, uniform, equal numbers",
+        "linear, sensitivity, equal numbers",
+        "linear, worth, equal numbers",
     ],
-    "the same, the core at a tenth of the learning rate": ["core, no growth, slow core"]
-    + [
-        f"linear, {signal}, equal numbers, slow core"
-        for signal in ("importance", "random", "uniform", "worth")
+    "the same, the core at a tenth of the learning rate": [
+        "core, no growth, slow core",
+        "linear, importance, equal numbers, slow core",
+        "linear, random, equal numbers, slow core",
+        "linear, uniform, equal numbers, slow core",
+        "linear, worth, equal numbers, slow core",
     ],
     "and from rank 2": [
-        f"linear, {signal}, equal numbers, slow core, from rank 2"
-        for signal in ("random", "uniform", "worth")
+        "linear, random, equal numbers, slow core, from rank 2",
+        "linear, uniform, equal numbers, slow core, from rank 2",
+        "linear, worth, equal numbers, slow core, from rank 2",
     ],
 }
 
 
-def summary_table(lines: list[str]) -> str:
-    """plots/compare.jsonl in one table: each row's paired difference to LoRA, and its mean and deviation, per task."""
-    cells = [json.loads(line) for line in lines]
-    tasks = {
-        task: chosen_cells([cell for cell in cells if cell["task"] == task])
-        for task in dict.fromkeys(c["task"] for c in cells)
-    }
-    metric = {task: "accuracy" if task == "modules" else "loss" for task in tasks}
-    seeds = sorted({len(runs) for rows in tasks.values() for runs in rows.values()})
-    text = [
-        f"Test loss in nats per token, test accuracy on `modules`: minus LoRA's, paired by seed, and mean ± standard deviation; "
-        f"{' or '.join(map(str, seeds))} seeds. **Bold**: the 95 % interval of the difference is clear of zero. Each row's "
-        "learning rate was chosen on validation.",
-        "",
-        f"| | {' | '.join(f'{task}, {metric[task]}' for task in tasks)} |",
-        "| --- " * (len(tasks) + 1) + "|",
-    ]
-    for group, names in SUMMARY.items():
-        text.append(f"| *{group}* |{' |' * len(tasks)}")
-        for row in names:
-            values = []
-            for task, rows in tasks.items():
-                if len(rows.get(row, {})) < 2:
-                    values.append("–")
-                    continue
-                own = {seed: cell["test"][metric[task]] for seed, cell in rows[row].items()}
-                gaps = [
-                    value - rows["LoRA"][seed]["test"][metric[task]]
-                    for seed, value in own.items()
-                    if seed in rows["LoRA"]
-                ]
-                low, high = bootstrap(gaps)
-                gap = f"{statistics.mean(gaps):+.3f}"
-                gap = "" if row == "LoRA" else f"**{gap}** " if low > 0 or high < 0 else f"{gap} "
-                values.append(
-                    f"{gap}({statistics.mean(own.values()):.3f} ± {statistics.stdev(own.values()):.3f})"
-                )
-            name = re.sub(
-                "(, (equal numbers|slow core|from rank 2))+$", "", row
-            )  # the group says it
-            text.append(f"| {name} | {' | '.join(values)} |")
-    return "\n".join(text)
-
-
-def rates_table(lines: list[str]) -> str:
-    """The test loss of seed 0 at each learning rate: a difference between rows may be one of rates."""
-    cells = [cell for cell in map(json.loads, lines) if cell["seed"] == 0]
-    rates = sorted({cell["rate"] for cell in cells})
-    text = [
-        "Seed 0, test loss at each learning rate:",
-        "",
-        f"| | {' | '.join(f'{rate:g}' for rate in rates)} |",
-        "| --- " * (len(rates) + 1) + "|",
-    ]
-    for row in dict.fromkeys(cell["row"] for cell in cells):
-        losses = {cell["rate"]: cell["test"]["loss"] for cell in cells if cell["row"] == row}
-        text.append(f"| {row} | {' | '.join(f'{losses[rate]:.4f}' for rate in rates)} |")
-    return "\n".join(text)
-
-
-def planted_table(lines: list[str]) -> str:
-    """plots/planted.jsonl: where the rank went, and the divergence that was left."""
-    cells = [json.loads(line) for line in lines]
-    text = [
-        "| signal | seeds | share of the added rank in planted matrices | rank correlation | final KL, nats per token |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for signal in dict.fromkeys(cell["signal"] for cell in cells):
-        runs = [cell for cell in cells if cell["signal"] == signal]
-        columns = [[cell[key] for cell in runs] for key in ("share", "correlation", "kl")]
-        values = [
-            f"{statistics.mean(c):.{n}f} ± {statistics.stdev(c):.{n}f}"
-            for c, n in zip(columns, (2, 2, 4))
-        ]
-        text.append(f"| {signal} | {len(runs)} | {' | '.join(values)} |")
-    return "\n".join(text)
-
-
-def ablations_table(lines: list[str]) -> str:
-    """plots/ablations.jsonl: the test loss of each row, and its paired difference to the reference."""
-    rows, cells = {}, [json.loads(line) for line in lines]
-    for cell in cells:
-        rows.setdefault(cell["row"], {})[cell["seed"]] = cell
-    text = [
-        f"Test loss on prose in nats per token; the base has {cells[0]['base']:.3f}.",
-        "",
-        "| | seeds | test loss | minus reference, paired, 95 % | budget spent at step | change of the logits at the first growth |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row, runs in sorted(rows.items(), key=lambda item: "worth" in item[0]):  # those last
-        losses = [cell["test"] for cell in runs.values()]
-        gaps = [
-            runs[seed]["test"] - rows["reference"][seed]["test"]
-            for seed in runs
-            if seed in rows["reference"]
-        ]
-        low, high = bootstrap(gaps)
-        gap = (
-            ""
-            if row == "reference"
-            else f"{statistics.mean(gaps):+.4f} ({low:+.4f} to {high:+.4f})"
-        )
-        jump = statistics.mean(cell["jump"] or 0 for cell in runs.values())
-        spent = max(cell["spent_at"] for cell in runs.values()) or "–"
-        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-        text.append(
-            f"| {row} | {len(runs)} | {statistics.mean(losses):.4f} ± {spread:.4f} | {gap} | {spent} | {jump:.1%} |"
-        )
-    return "\n".join(text)
-
-
-def bench_table(lines: list[str]) -> str:
-    """plots/bench.jsonl: the centre of its axes, the first line."""
-    line = json.loads(lines[0])
-    settings = line["settings"]
-    text = [
-        f"Width {settings['width']}, rank {settings['rank']}, {settings['batch'] * settings['context']} tokens a batch, "
-        f"{settings['device']} with {settings['threads']} threads: median of {settings['rounds']} rounds. Scores and growth "
-        f"of all matrices at once take {line['allocation']:.2f} of a step.",
-        "",
-        "| | step, in steps of the limit (quartiles) | forward | backward | optimiser | tokens per second | memory, MB |",
-        "| --- " * 7 + "|",
-    ]
-    for name, ratio in line["ratio"].items():
-        low, high = line["quartiles"][name]
-        parts = " | ".join(f"{part:.3f}" for part in line["parts"][name])
-        text.append(
-            f"| {name} | {ratio:.3f} ({low:.2f} to {high:.2f}) | {parts} | {line['tokens_per_second'][name]:,.0f} | "
-            f"{line['held_bytes'][name] / 1e6:.0f} |"
-        )
-    return "\n".join(text)
-
-
-PAPER = {  # what the paper says: where it is, as file and class, method, function or table
-    "y = W x + b + s B (L + U) A x": [
-        "triadapt.py LoRALinear.forward",
-        "triadapt.py TriAdaptLinear.up",
-    ],
-    "L + U, the triangular split": ["triadapt.py TriAdaptLinear.core"],
-    "growth: a row of L, a column of U, a row of A, a column of B": [
-        "triadapt.py TriAdaptLinear.new_entries",
-        "triadapt.py LoRALinear.grow",
-    ],
-    "initialisation": [
-        "triadapt.py LoRALinear.new_entries",
-        "triadapt.py TriAdaptLinear.new_entries",
-    ],
-    "r (d_in + d_out) + r (r + 1) trained numbers": [
-        "test_triadapt.py test_trainable_parameters_are_the_closed_form_before_and_after_any_growth"
-    ],
-    "importance F = ‖L + U‖_F / r": ["triadapt.py TriAdaptLinear.importance"],
-    "score: the change of F": ["triadapt.py RankAllocator.scores"],
-    "k = ⌊Q m⌋, ⌊exp(m ln Q)⌋ or a constant": [
-        "triadapt.py SCHEDULES",
-        "triadapt.py RankAllocator.count",
-    ],
-    "threshold: the k-th largest score; who is at or above it grows": [
-        "triadapt.py RankAllocator.step"
-    ],
-    "orthogonality of A and B (released code)": ["train.py orthogonality"],
-}
-
-
-def paper_table() -> str:
-    """The paper's equations, each with links to the lines that compute it."""
-    text = ["| paper | code |", "| --- | --- |"]
-    for what, places in PAPER.items():
-        links = []
-        for file, name in map(str.split, places):
-            lines, number = (HERE.parent / file).read_text().splitlines(), 0
-            for part in name.split("."):  # a method stands below its class
-                number = next(
-                    i
-                    for i in range(number, len(lines))
-                    if re.match(rf" *((def|class) {part}\b|{part} =)", lines[i])
-                )
-            links.append(f"[`{name}`]({file}#L{number + 1})")
-        text.append(f"| {what} | {', '.join(links)} |")
-    return "\n".join(text)
-
-
-def first_run(lines: list[str]) -> str:
-    """What to expect of the main command, from the log of the committed run."""
-    log = [json.loads(line) for line in lines]
-    first, last = log[0], log[-1]
+def summary_table() -> str:
+    """compare.jsonl in one table: each row's paired difference to LoRA on each task."""
+    tasks = per_task(cells.read(cells.RESULTS / "compare.jsonl"))
+    names = [row for group in SUMMARY.values() for row in group]
+    lines = []
+    for group, members in SUMMARY.items():
+        lines.append([f"*{group}*"] + [""] * (len(tasks) + 1))
+        for row in members:
+            # The group says what the end of the name says.
+            name = re.sub("(, (equal numbers|slow core|from rank 2))+$", "", row)
+            seeds = {len(shared_seeds(rows, row)) for rows in tasks.values()}
+            shown = [summary_entry(rows, row) for rows in tasks.values()]
+            if row == "LoRA":
+                seeds = seed_counts(tasks, names)
+                shown = [f"({levels_of_lora(rows, names)})" for rows in tasks.values()]
+            lines.append([name, ", ".join(map(str, sorted(seeds))), *shown])
+    head = [f"{task}, {metric_of(rows)}" for task, rows in tasks.items()]
     return (
-        f"Expect a test loss of {first['test_loss']:.2f} nats per token before adapting and {last['test_loss']:.2f} "
-        f"after, with a total rank that grows from {first['total_rank']} to {last['total_rank']}."
+        "Test loss in nats per token, test accuracy on `modules`: minus LoRA's, paired by seed, "
+        "mean ± 95 % interval by Student's t, and in brackets the row's own mean over these seeds. "
+        "**Bold**: the interval is clear of zero. LoRA's row has its means over as many seeds. "
+        "Each row's learning rate was chosen on validation, on seed 0.\n\n"
+        + table(["", "seeds", *head], lines)
     )
+
+
+def summary_entry(rows: Rows, row: str) -> str:
+    seeds = shared_seeds(rows, row)
+    if not seeds:
+        return "–"
+    mean = statistics.mean(results_of(rows, row, seeds))
+    return f"{difference(paired(rows, row))} ({mean:.4f})"
+
+
+def compare_tables(file: str) -> str:
+    """A table per task: result, paired difference to LoRA over the same seeds, and the costs."""
+    parts = []
+    for task, rows in per_task(cells.read(cells.RESULTS / file)).items():
+        metric = metric_of(rows)
+        sign = better_sign(rows)
+        direction = "higher is better" if sign > 0 else "lower is better"
+        before = next(iter(rows["LoRA"].values()))["before"][metric]
+        order = sorted(rows, key=lambda row: -sign * mean_result(rows, row))
+        head = [
+            "",
+            "seeds",
+            f"test {metric}",
+            "LoRA, the same seeds",
+            "minus LoRA, paired, 95 %",
+            "at the step best on validation",
+            "learning rate",
+            "trainable: first, peak, mean, last",
+            "forgetting",
+            "seconds",
+            "file, kB",
+        ]
+        parts.append(
+            f"**{task}**: test {metric} ({direction}; {before:.3f} before adapting)\n\n"
+            + table(head, [compare_line(rows, row) for row in order])
+            + "\n"
+        )
+    return "\n".join(parts)
+
+
+def mean_result(rows: Rows, row: str) -> float:
+    return statistics.mean(results_of(rows, row, shared_seeds(rows, row)))
+
+
+def compare_line(rows: Rows, row: str) -> list[str]:
+    metric = metric_of(rows)
+    seeds = shared_seeds(rows, row)
+    runs = [rows[row][seed] for seed in seeds]
+    lora = f"{statistics.mean(results_of(rows, 'LoRA', seeds)):.4f}"
+    gap = difference(paired(rows, row))
+    if row == "LoRA":
+        lora = gap = ""
+    numbers = []
+    for when in ("initial", "peak", "mean", "final"):
+        numbers.append(f"{statistics.mean(run['trainable'][when] for run in runs):,.0f}")
+    return [
+        row,
+        str(len(seeds)),
+        mean_and_deviation(results_of(rows, row, seeds), 4),
+        lora,
+        gap,
+        f"{statistics.mean(run['best_test'][metric] for run in runs):.4f}",
+        f"{runs[0]['rate']:g}",
+        ", ".join(numbers),
+        f"{statistics.mean(run['forgetting'] for run in runs):.2f}",
+        f"{statistics.median(run['seconds'] for run in runs):.0f}",
+        f"{statistics.median(run['file_bytes'] for run in runs) / 1000:.0f}",
+    ]
+
+
+def rates_table(file: str) -> str:
+    """The test loss of seed 0 at each learning rate: rows may differ by their rates alone."""
+    first = [cell for cell in cells.read(cells.RESULTS / file) if cell["seed"] == 0]
+    rates = sorted({cell["rate"] for cell in first})
+    lines = []
+    for row in dict.fromkeys(cell["row"] for cell in first):
+        losses = {cell["rate"]: cell["test"]["loss"] for cell in first if cell["row"] == row}
+        lines.append([row] + [f"{losses[rate]:.4f}" if rate in losses else "–" for rate in rates])
+    head = ["", *(f"{rate:g}" for rate in rates)]
+    return f"Seed 0, test loss at each learning rate:\n\n{table(head, lines)}"
+
+
+def long_runs() -> str:
+    return f"{compare_tables('low_data_600.jsonl')}\n{rates_table('low_data_600.jsonl')}"
+
+
+def defaults_table() -> str:
+    """defaults.jsonl: each method at its best learning rate, and each way to grow."""
+    runs = cells.read(cells.RESULTS / "defaults.jsonl")
+    first = {cell["row"]: cell["val_loss"] for cell in runs if cell["seed"] == 0}
+    best = {}  # method: its row with the best learning rate, by the validation loss of seed 0
+    for row in first:
+        method = row.partition(", lr ")[0]
+        if method not in best or first[row] < first[best[method]]:
+            best[method] = row
+    chosen = {}  # method: {seed: cell}
+    for method, row in best.items():
+        chosen[method] = {cell["seed"]: cell for cell in runs if cell["row"] == row}
+
+    lines = []
+    for method, own in chosen.items():
+        lora = chosen.get("LoRA", {})
+        losses = [cell["test_loss"] for cell in own.values()]
+        gaps = [own[s]["test_loss"] - lora[s]["test_loss"] for s in sorted(own.keys() & lora)]
+        trained = statistics.mean(cell["trainable"] for cell in own.values())
+        lines.append(
+            [
+                method,
+                mean_and_deviation(losses, 3),
+                "" if method == "LoRA" else difference(gaps),
+                f"{own[0]['settings']['lr']:g}",
+                f"{round(trained):,}",
+                str(max(cell["spent_at"] for cell in own.values()) or "–"),
+            ]
+        )
+    head = [
+        *("", "test loss", "minus LoRA, paired, 95 %", "learning rate"),
+        *("trainable at the end", "budget spent at step"),
+    ]
+    return (
+        "Test loss on prose in nats per token, mean ± standard deviation of "
+        f"{min(len(own) for own in chosen.values())} seeds; the base has "
+        f"{runs[0]['base_loss']:.3f}. The learning rate of each method is the one of lowest "
+        "validation loss on seed 0, from the grid in plots/experiments/defaults.py; rows that "
+        f"differ in growth alone share one rate.\n\n{table(head, lines)}"
+    )
+
+
+def ablations_table() -> str:
+    """ablations.jsonl: the test loss of each row, and its paired difference to the reference."""
+    rows = {}
+    for cell in cells.read(cells.RESULTS / "ablations.jsonl"):
+        rows.setdefault(cell["row"], {})[cell["seed"]] = cell
+    reference = rows["reference"]
+    lines = []
+    for row in sorted(rows, key=lambda row: "worth" in row):  # those last
+        runs = rows[row]
+        seeds = sorted(runs.keys() & reference.keys())
+        gaps = [runs[seed]["test"] - reference[seed]["test"] for seed in seeds]
+        jump = statistics.mean(cell["jump"] or 0 for cell in runs.values())
+        lines.append(
+            [
+                row,
+                str(len(seeds)),
+                mean_and_deviation([runs[seed]["test"] for seed in seeds], 4),
+                "" if row == "reference" else difference(gaps),
+                str(max(cell["spent_at"] for cell in runs.values()) or "–"),
+                f"{jump:.1%}",
+            ]
+        )
+    head = [
+        *("", "seeds", "test loss", "minus reference, paired, 95 %", "budget spent at step"),
+        "change of the logits at the first growth",
+    ]
+    base = next(iter(reference.values()))["base"]
+    said = f"Test loss on prose in nats per token; the base has {base:.3f}."
+    return f"{said}\n\n{table(head, lines)}"
+
+
+def planted_table() -> str:
+    """planted.jsonl: where the rank went, and the divergence that was left."""
+    runs = cells.read(cells.RESULTS / "planted.jsonl")
+    lines = []
+    for signal in dict.fromkeys(cell["signal"] for cell in runs):
+        own = [cell for cell in runs if cell["signal"] == signal]
+        line = [signal, str(len(own))]
+        for key, digits in (("share", 2), ("correlation", 2), ("kl", 4)):
+            line.append(mean_and_deviation([cell[key] for cell in own], digits))
+        lines.append(line)
+    head = [
+        *("signal", "seeds", "share of the added rank in planted matrices", "rank correlation"),
+        "final KL, nats per token",
+    ]
+    return table(head, lines)
+
+
+# plots/BENCH.md.
+
+
+def bench_table() -> str:
+    """bench.jsonl: the centre of its axes, the first line."""
+    cell = cells.read(cells.RESULTS / "bench.jsonl")[0]
+    settings = cell["settings"]
+    lines = []
+    for name, ratio in cell["ratio"].items():
+        low, high = cell["quartiles"][name]
+        lines.append(
+            [
+                name,
+                f"{ratio:.3f} ({low:.2f} to {high:.2f})",
+                *(f"{part:.3f}" for part in cell["parts"][name]),
+                f"{cell['tokens_per_second'][name]:,.0f}",
+                f"{cell['held_bytes'][name] / 1e6:.0f}",
+            ]
+        )
+    head = [
+        *("", "step, in steps of the limit (quartiles)", "forward", "backward", "optimiser"),
+        *("tokens per second", "memory, MB"),
+    ]
+    return (
+        f"Width {settings['width']}, rank {settings['rank']}, "
+        f"{settings['batch'] * settings['context']} tokens a batch, {settings['device']} with "
+        f"{settings['threads']} threads: median of {settings['rounds']} rounds. Scores and growth "
+        f"of all matrices at once take {cell['allocation']:.2f} of a step.\n\n{table(head, lines)}"
+    )
+
+
+PARTS = {
+    "paper": paper_table,
+    "first run": first_run,
+    "found": found_table,
+    "summary": summary_table,
+    "comparison": lambda: compare_tables("compare.jsonl"),
+    "long runs": long_runs,
+    "defaults": defaults_table,
+    "ablations": ablations_table,
+    "planted": planted_table,
+    "bench": bench_table,
+}
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: written by plots/figures/tables.py -->", f"<!-- end of {name} -->"
 
 
 def render(page: str) -> str:
     """A page's text with every generated part that it has made anew."""
-
-    def lines(name: str) -> list[str]:
-        return (HERE / f"{name}.jsonl").read_text().splitlines()
-
-    parts = {
-        "paper": paper_table,
-        "first run": lambda: first_run(lines("first_run/log")),
-        "summary": lambda: summary_table(lines("compare")),
-        "comparison": lambda: compare_table(lines("compare")),
-        "long runs": lambda: (
-            f"{compare_table(lines('low_data_600'))}\n{rates_table(lines('low_data_600'))}"
-        ),
-        "defaults": lambda: defaults_table(lines("defaults")),
-        "ablations": lambda: ablations_table(lines("ablations")),
-        "planted": lambda: planted_table(lines("planted")),
-        "bench": lambda: bench_table(lines("bench")),
-    }
-    for name, make in parts.items():
-        begin, end = f"<!-- {name}: written by plots/readme.py -->", f"<!-- end of {name} -->"
+    for name, make in PARTS.items():
+        begin, end = markers(name)
         if begin in page:
             head, _, rest = page.partition(begin)
-            page = f"{head}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
+            _, found, tail = rest.partition(end)
+            if not found:
+                raise ValueError(f"{begin} is not closed by {end}")
+            page = f"{head}{begin}\n{make()}\n{end}{tail}"
     return page
 
 
 def write_pages() -> None:
     for path in PAGES:
-        path.write_text(render(path.read_text()))
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

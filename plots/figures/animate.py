@@ -1,0 +1,119 @@
+"""The moving picture at the top of README.md: ranks grow in the grid of matrices.
+
+    python plots/figures/animate.py      # writes run.gif from plots/results/first_run/log.jsonl
+
+A frame for each entry of that run's log: the rank of every matrix, the total rank, and the
+validation loss, as far as the run has come.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from plots.run import BLUE, ORANGE, split_name
+
+GROWS = "#D55E00"  # the frame of who grows
+
+LOG = ROOT / "plots/results/first_run/log.jsonl"
+GIF = ROOT / "plots/figures/run.gif"
+FRAME_MS, LAST_FRAME_MS = 140, 3000
+MOST_BYTES = 600_000
+
+
+def draw_frame(log: list[dict], i: int) -> plt.Figure:
+    """The run at log[i]."""
+    figure, panels = plt.subplot_mosaic("RRRTT\nRRRLL", figsize=(8, 3.6), layout="constrained")
+    draw_ranks(panels["R"], log, i)
+    draw_total(panels["T"], log, i)
+    draw_loss(panels["L"], log, i)
+    return figure
+
+
+def draw_ranks(axes, log: list[dict], i: int) -> None:
+    """Who grows: a block each row, a kind of matrix each column."""
+    now = log[i]["ranks"]
+    grown = log[i].get("grown", [])
+    blocks = list(dict.fromkeys(split_name(name)[0] for name in now))
+    kinds = list(dict.fromkeys(split_name(name)[1] for name in now))
+    grid = [[now[f"{block}.{kind}"] for kind in kinds] for block in blocks]
+    least = min(log[0]["ranks"].values())
+    most = max(log[-1]["ranks"].values())
+    image = axes.imshow(grid, cmap="cividis", vmin=least, vmax=most, aspect="auto")
+    for name, rank in now.items():
+        block, kind = split_name(name)
+        x, y = kinds.index(kind), blocks.index(block)
+        colour = "white" if image.norm(rank) < 0.5 else "black"
+        axes.text(x, y, rank, ha="center", va="center", color=colour, fontsize=13)
+        if name in grown:
+            axes.add_patch(
+                plt.Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, ec=GROWS, lw=3)
+            )
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set_yticks(range(len(blocks)), [block.replace("blocks.", "block ") for block in blocks])
+    axes.set_title(f"rank of each matrix at step {log[i]['step']}")
+
+
+def draw_total(axes, log: list[dict], i: int) -> None:
+    steps = [entry["step"] for entry in log[: i + 1]]
+    totals = [entry["total_rank"] for entry in log[: i + 1]]
+    axes.step(steps, totals, where="post", color=BLUE)
+    axes.axhline(log[0]["budget"], color=ORANGE, linestyle="--", linewidth=1)
+    axes.set(xlim=(0, log[-1]["step"]), ylim=(0, 1.1 * log[0]["budget"]))
+    axes.set_title("total rank, and its budget", fontsize=10)
+
+
+def draw_loss(axes, log: list[dict], i: int) -> None:
+    evals = [entry for entry in log if entry["kind"] == "eval"]
+    losses = [entry["val_loss"] for entry in evals]
+    past = [entry for entry in evals if entry["step"] <= log[i]["step"]]
+    axes.plot([e["step"] for e in past], [e["val_loss"] for e in past], color=BLUE, marker=".")
+    axes.set(xlim=(0, log[-1]["step"]), ylim=(min(losses) - 0.05, max(losses) + 0.05))
+    axes.set_xlabel("optimiser step")
+    axes.set_title("validation loss (nats per token)", fontsize=10)
+
+
+def animate(log: list[dict]) -> bytes:
+    """All frames as a GIF, in one palette."""
+    frames = []
+    for i in range(len(log)):
+        figure = draw_frame(log, i)
+        file = io.BytesIO()
+        figure.savefig(file, dpi=80)
+        plt.close(figure)
+        frames.append(Image.open(file).convert("RGB"))
+    palette = frames[-1].quantize(128)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    file = io.BytesIO()
+    frames[0].save(
+        file,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        optimize=True,
+    )
+    return file.getvalue()
+
+
+def main() -> None:
+    log = [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()]
+    content = animate(log)
+    if len(content) > MOST_BYTES:
+        sys.exit(f"{GIF}: {len(content)} bytes, more than {MOST_BYTES}")
+    GIF.write_bytes(content)
+    print(GIF)
+
+
+if __name__ == "__main__":
+    main()

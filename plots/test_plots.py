@@ -1,0 +1,706 @@
+"""The promises of plots/: signals, experiments, figures, tables and pages. pytest -q
+
+Experiments run in a temporary folder, on a base of a few thousand parameters.
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import data
+import train
+from model import GPT, GPTConfig
+from plots import signals
+from plots.experiments import adalora, bench, cells, compare, defaults, low_data, planted
+from plots.figures import draw, intervals, tables
+from triadapt import SCHEDULES, SIGNALS, TriAdaptLinear, add_adapters
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+TINY = ["--base", "base.pt", "--data", "text.txt", "--device", "cpu"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty working folder with a text and a tiny base model in it.
+
+    Runs draw no figure and write no sample, which would take most of their time.
+    """
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    words = ["tri", "angle", "rank", "grows", "the", "a", "lower", "upper", "core", "of"]
+    lines = [" ".join(rng.choices(words, k=12)) for _ in range(120)]
+    Path("text.txt").write_text("\n".join(lines))
+    tokenizer = data.train_tokenizer(data.documents("text.txt"), 300)
+    torch.manual_seed(0)
+    config = GPTConfig(tokenizer.get_vocab_size(), context=16, layers=2, heads=2, width=16)
+    base = {"config": asdict(config), "tokenizer": tokenizer.to_str()}
+    torch.save(base | {"model": GPT(config).state_dict()}, "base.pt")
+    monkeypatch.setattr(train, "draw_run", lambda log: b"")
+    monkeypatch.setattr(train.model, "generate", lambda gpt, ids: ids)
+    return tmp_path
+
+
+@pytest.fixture
+def sweep(home, monkeypatch, capsys):
+    """A function that runs an experiment's main into cells.jsonl, checks that a second call has
+    nothing left to do, and returns the cells."""
+
+    def run(experiment, *arguments: str) -> list[dict]:
+        options = [*arguments, "--results", "cells.jsonl"]
+        monkeypatch.setattr(sys, "argv", ["experiment", *map(str, options)])
+        experiment.main()
+        found = cells.read(Path("cells.jsonl"))
+        capsys.readouterr()
+        experiment.main()
+        assert capsys.readouterr().out == ""
+        assert len(cells.read(Path("cells.jsonl"))) == len(found)
+        return found
+
+    return run
+
+
+def small_net() -> tuple[nn.Module, dict]:
+    """Two Linears of different shapes, with adapters that are trained already."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5, bias=False))
+    adapters = add_adapters(net, ["0", "2"], rank=4, init_rank=2)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.lora_B)
+    return net, adapters
+
+
+def adam(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+
+ALLOCATION = {"target_rank": 4, "total_steps": 20, "warmup": 2, "interval": 2}
+ALL_SIGNALS = {name: SIGNALS[name] for name in ("importance", "random", "uniform")}
+ALL_SIGNALS |= {"sensitivity": signals.Sensitivity, "worth": signals.Worth}
+ALL_SIGNALS |= {f"planted {name}": kind for name, kind in planted.SIGNALS.items()}
+
+
+# ---------------------------------------------------------------------------------- signals
+
+
+def test_the_signals_are_choices_of_train_once_they_are_imported():
+    assert {"importance", "random", "uniform", "sensitivity", "worth"} <= set(SIGNALS)
+    assert train.parse_args(["--score", "worth"]).score == "worth"
+
+
+@pytest.mark.parametrize("name", ALL_SIGNALS)
+def test_scores_can_be_asked_for_at_any_time_and_change_nothing(name):
+    net, adapters = small_net()
+    optimizer = adam(net)
+    allocator = ALL_SIGNALS[name](adapters, optimizer, **ALLOCATION)
+    for t in range(1, 5):
+        before = torch.get_rng_state()
+        scores = allocator.scores()  # at first, before any gradient exists
+        assert list(scores) == list(adapters)
+        assert all(math.isfinite(score) for score in scores.values())
+        assert allocator.scores() == scores
+        assert torch.equal(torch.get_rng_state(), before)
+        optimizer.zero_grad()
+        net(torch.randn(7, 6)).square().sum().backward()
+        optimizer.step()
+        allocator.step(t)
+
+
+def test_random_growth_differs_between_seeds_and_allocations():
+    chosen = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
+        adapters = add_adapters(net, [r"\d"], rank=4, init_rank=2)
+        for adapter in adapters.values():
+            nn.init.normal_(adapter.lora_L)  # as if trained
+        allocator = signals.Random(adapters, adam(net), **ALLOCATION)
+        first = list(allocator.scores().values())
+        adapters["0"].grow(1)
+        chosen += [first, list(allocator.scores().values())]
+    for one, two in itertools.combinations(chosen, 2):
+        assert one != two
+
+
+@pytest.mark.parametrize("kind", [signals.Worth, planted.Gate])
+def test_worth_is_its_formula_adds_up_over_pieces_and_is_watched_once(kind):
+    net, adapters = small_net()
+    x = torch.randn(11, 6)
+    seen = {}  # name: (input, output)
+    for name, adapter in adapters.items():
+
+        def note(module, inputs, output, name=name) -> None:
+            seen[name] = inputs[0].detach(), output
+
+        adapter.register_forward_hook(note)
+    loss = net(x).square().sum()
+    outputs = [output for _, output in seen.values()]
+    gradients = torch.autograd.grad(loss, outputs)
+    expected = {}
+    for (name, adapter), gradient in zip(adapters.items(), gradients, strict=True):
+        change = seen[name][0] @ adapter.delta_weight().T  # (tokens, d_out)
+        products = (gradient * change).sum(-1).detach()  # (tokens,)
+        if kind is signals.Worth:
+            expected[name] = products.square().sum().item() / 2  # per rank
+        else:
+            expected[name] = products.sum().square().item()
+
+    optimizer = adam(net)
+    old = kind(adapters, optimizer, **ALLOCATION)
+    new = kind(adapters, optimizer, **ALLOCATION)
+    pieces = [x] if kind is planted.Gate else [x[:4], x[4:]]
+    for piece in pieces:
+        net(piece).square().sum().backward()
+    with torch.no_grad():
+        net(x)  # an evaluation does not count
+    new.step(1)
+    assert new.scores() == pytest.approx({n: 0.03 * v for n, v in expected.items()}, rel=1e-4)
+    assert old.now == {}
+    for adapter in adapters.values():
+        assert len(adapter._forward_hooks) == 2  # one of them is this test's
+
+
+@pytest.mark.parametrize("name", ["importance", "random", "uniform", "sensitivity", "worth"])
+def test_a_budget_in_numbers_is_never_passed_and_spent_but_for_less_than_a_growth(name):
+    rng = random.Random(name)
+    for _ in range(2):
+        sizes = [rng.randint(1, 12) for _ in range(rng.randint(2, 5))]
+        net = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
+        init_rank = rng.randint(1, 2)
+        target = init_rank + rng.randint(1, 3)
+        adapters = add_adapters(net, [r"\d"], rank=target, init_rank=init_rank)
+        optimizer = adam(net)
+        allocator = SIGNALS[name](
+            adapters,
+            optimizer,
+            target_rank=target,
+            total_steps=20,
+            warmup=2,
+            interval=1,
+            top_k=3,
+            rank_step=rng.randint(1, 3),
+            schedule=rng.choice(list(SCHEDULES)),
+            count_numbers=True,
+        )
+        lora = target * sum(a + b for a, b in itertools.pairwise(sizes))
+        for t in range(1, 21):
+            optimizer.zero_grad()
+            net(torch.randn(3, sizes[0])).square().sum().backward()
+            optimizer.step()
+            before = {name: adapter.rank for name, adapter in adapters.items()}
+            for grown in allocator.step(t):
+                assert adapters[grown].rank > before[grown]
+            used = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            assert used <= lora
+        cheapest = min(2 * (a.rank + 1) + sum(a.base.weight.shape) for a in adapters.values())
+        assert lora - used < cheapest
+        assert allocator.rest == lora - used
+
+
+@pytest.mark.parametrize("score", ["sensitivity", "worth"])
+def test_a_resumed_signal_ends_with_the_same_bits(home, monkeypatch, score):
+    options = [*TINY, "--steps", "10", "--eval-interval", "10", "--batch-size", "4"]
+    options += ["--rank", "4", "--score", score, "--dropout", "0.1"]
+    run = train.Run(train.parse_args([*options, "--out", "whole"]))
+    run.train()
+    assert type(run.allocator) is SIGNALS[score]
+
+    rate = train.learning_rate
+
+    def ctrl_c_at_5(step, *more):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(step, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "learning_rate", ctrl_c_at_5)
+        train.Run(train.parse_args([*options, "--out", "cut"])).train()
+    assert torch.load("cut/checkpoint.pt")["progress"]["step"] == 5
+    train.Run(train.parse_args(["--resume", "cut"])).train()
+
+    one = torch.load("whole/checkpoint.pt")
+    two = torch.load("cut/checkpoint.pt")
+    for part in ("trained", "growth", "optimizer"):
+        assert_same_bits(one[part], two[part])
+
+
+def assert_same_bits(one, two) -> None:
+    if torch.is_tensor(one):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same_bits(one[key], two[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for x, y in zip(one, two, strict=True):
+            assert_same_bits(x, y)
+    else:
+        assert one == two
+
+
+# ------------------------------------------------------------------------------ experiments
+
+
+def test_the_sweep_of_the_defaults_picks_a_rate_on_seed_0(sweep, monkeypatch):
+    monkeypatch.setattr(defaults, "RATES", {"LoRA": [1e-4, 1e-2]})
+    monkeypatch.setattr(defaults, "GROWTH", {"growth": defaults.GROWTH[[*defaults.GROWTH][-1]]})
+    found = sweep(defaults, *TINY, "--seeds", 2, "--steps", 6)
+    assert [(cell["row"], cell["seed"]) for cell in found] == [
+        ("LoRA, lr 0.0001", 0),
+        ("LoRA, lr 0.01", 0),
+        ("growth", 0),
+        ("LoRA, lr 0.01", 1),
+        ("growth", 1),
+    ]
+    assert found[0]["trainable"] >= found[2]["trainable"]  # worth, with LoRA's numbers
+    assert 0 == found[0]["spent_at"] < found[2]["spent_at"]
+
+
+@pytest.fixture
+def small_comparison(home, monkeypatch):
+    common = ["--steps", "6", "--batch-size", "4", "--eval-interval", "3"]
+    monkeypatch.setattr(compare, "COMMON", common)
+    monkeypatch.setattr(compare, "code_loss", lambda run: run.evaluate("val")["val_loss"])
+
+
+def test_the_comparison_runs_rows_at_their_best_rate_and_counts_what_they_train(
+    sweep, small_comparison, monkeypatch
+):
+    monkeypatch.setattr(compare, "TASKS", {"prose": ["--data", "text.txt"]})
+    monkeypatch.setattr(compare, "RATES", {"prose": [1e-4, 1e-2]})
+    rows = ["LoRA", tables.BEST]
+    options = ["--tasks", "prose", "--rows", *rows, "--seeds", 2, "--base", "base.pt"]
+    found = sweep(compare, *options, "--device", "cpu")
+    assert [cell["row"] for cell in found] == [row for row in rows for _ in range(2)] + rows
+    rates = {cell["row"]: cell["rate"] for cell in found if cell["seed"] == 1}
+    assert rates == dict.fromkeys(rows, 1e-2)
+    assert compare.rates_to_try("prose", "full fine-tuning") == [1e-4 / 5, 1e-2 / 5]
+    last = {cell["row"]: cell for cell in found}
+    lora, grown = last["LoRA"]["trainable"], last[tables.BEST]["trainable"]
+    assert lora["initial"] == lora["peak"] == lora["mean"] == lora["final"]
+    assert grown["initial"] < grown["mean"] < grown["final"] <= lora["final"]
+    assert sum(last["LoRA"]["ranks"].values()) == 8 * 12
+    assert last["LoRA"]["test"]["loss"] < last["LoRA"]["before"]["loss"]
+
+
+def test_every_row_of_the_comparison_and_of_the_defaults_has_options_that_train_takes():
+    for rows in (compare.ROWS, defaults.METHODS, defaults.GROWTH):
+        for row, options in rows.items():
+            args = train.parse_args([*compare.COMMON, *options])
+            assert (args.budget == "numbers") == ("numbers" in row)
+            assert (args.core_lr_ratio == 0.1) == ("slow core" in row)
+            assert (args.init_rank == 2) == ("from rank 2" in row)
+    names = {row for group in tables.SUMMARY.values() for row in group}
+    assert names == set(compare.ROWS) and set(tables.FOUND.values()) <= names
+    stored = {cell["row"] for cell in cells.read(cells.RESULTS / "compare.jsonl")}
+    assert stored <= names
+
+
+def test_the_loss_on_code_leaves_a_classifier_as_it_is(home, monkeypatch):
+    text = Path("text.txt").read_text() * 10  # for 64 windows of its test split
+    monkeypatch.setattr(data, "documents", lambda name: text.split("\n"))
+    run = train.Run(train.parse_args([*TINY, "--method", "lora", "--schedule", "none"]))
+    as_language_model = compare.code_loss(run)
+    run.model.classify(3)
+    head = run.model.head
+    assert compare.code_loss(run) == as_language_model > 0
+    assert run.model.head is head
+
+
+def test_the_low_data_runs_use_so_many_tokens_and_take_what_the_comparison_knows(
+    home, small_comparison, monkeypatch
+):
+    monkeypatch.setattr(compare, "TASKS", {})
+    monkeypatch.setattr(compare, "TOKENS", {})
+    monkeypatch.setattr(low_data, "RATES", [1e-2])
+    monkeypatch.setattr(low_data, "ROWS", ["LoRA"])
+    for rate in compare.RATES["prose"]:
+        known = {"task": "prose", "row": "LoRA", "rate": rate, "seed": 0}
+        cells.append(Path("known.jsonl"), known | {"val": {"loss": 3.0}, "test": {"loss": 3.5}})
+    Path("text.txt").write_text(Path("text.txt").read_text() * 9)  # longer than 5000 tokens
+    sizes = []
+    run_train = train.Run.train
+
+    def note(run) -> None:
+        sizes.append(len(run.examples["train"]))
+        run_train(run)
+
+    monkeypatch.setattr(train.Run, "train", note)
+    options = ["--sizes", "5000", "99062", "--seeds", "1", "--known", "known.jsonl"]
+    options += ["--results", "cells.jsonl", *TINY]
+    monkeypatch.setattr(sys, "argv", ["low_data.py", *options])
+    low_data.main()
+    found = cells.read(Path("cells.jsonl"))
+    assert [cell["tokens"] for cell in found] == [5000] + [99062] * len(compare.RATES["prose"])
+    assert found[1]["test"] == {"loss": 3.5}
+    assert sizes == [5000 - 16]  # windows of 16 tokens in 5000
+
+
+def test_adalora_is_pefts_and_counts_no_masked_rank(home, small_comparison, monkeypatch):
+    peft = pytest.importorskip("peft", reason="peft is not installed: its row is left out")
+    Path("task.tsv").write_text(
+        "label\tsentence\n" + "".join(f"{i % 3}\t{'abc'[i % 3]} rank {i}\n" for i in range(60))
+    )
+    monkeypatch.setattr(compare, "TASKS", {"words": ["--task", "task.tsv"]})
+    runs = []
+    monkeypatch.setattr(adalora.AdaLoRA, "train", keep_run(runs))
+    options = ["--base", "base.pt", "--device", "cpu", "--rank", "4", "--steps", "20"]
+    line = compare.measure("words", adalora.ROW, 2e-2, 0, options)
+    run = runs[0]
+    head = 3 * 16  # the classifier's
+    per_rank = {"fc": 81, "proj": 81}  # d_in + d_out + 1, for the singular value; of others 33
+    numbers = head
+    for name, rank in line["ranks"].items():
+        numbers += rank * per_rank.get(name.rpartition(".")[2], 33)
+    assert sum(line["ranks"].values()) == 4 * 12
+    assert line["trainable"]["final"] == numbers == run.counts[-1]
+    assert line["trainable"]["initial"] == line["trainable"]["peak"] == run.counts[2]
+    assert run.counts[2] == 6 * (8 * 33 + 4 * 81) + head
+    assert len(run.counts) == 21 and run.counts[5] > run.counts[10] == run.counts[-1]
+    assert line["settings"]["peft"]["lora_alpha"] / 6 == 16 / 4
+    kept = {n: int((layer.lora_E["default"] != 0).sum()) for n, layer in run.layers.items()}
+    assert kept == line["ranks"]
+    assert run.model.head.abs().sum() > 0
+    assert line["settings"]["peft"]["version"] == peft.__version__
+
+    # The gradient that the hooks add is that of the term which peft's forward adds to a loss.
+    zero = torch.zeros((), requires_grad=True)
+
+    class Output:
+        loss = zero + 0
+
+    monkeypatch.setattr(type(run.model), "forward", lambda self, *_: Output())
+    run.model.zero_grad()
+    run.peft.base_model.forward().loss.backward()
+    A = run.model.blocks[0].fc.lora_A["default"]
+    B = run.model.blocks[0].fc.lora_B["default"]
+    for p, ours in ((A, adalora.penalty_gradient(A)), (B, adalora.penalty_gradient(B.T).T)):
+        theirs = p.grad / 2  # the hook has added the same once more
+        assert torch.allclose(0.5 / 24 * ours, theirs, atol=1e-7) and theirs.abs().sum() > 0
+
+
+def keep_run(runs: list):
+    """AdaLoRA.train, which also puts the run into a list."""
+    train_as_before = adalora.AdaLoRA.train
+
+    def train_and_keep(run) -> None:
+        runs.append(run)
+        train_as_before(run)
+
+    return train_and_keep
+
+
+def test_the_planted_ranks_are_found_by_who_knows_them(sweep):
+    options = [*TINY[:4], "--seeds", 1, "--steps", 20, "--signals", "oracle", "uniform"]
+    oracle, uniform = sweep(planted, *options)
+    assert oracle["share"] > 0.7 and uniform["share"] < 0.5
+    assert oracle["kl"] < oracle["kl_before"]
+
+
+def test_the_correlation_of_places_is_spearmans():
+    assert planted.places([3, 1, 3, 2]).tolist() == [3, 0.5, 3, 1.5]
+    assert planted.spearman([1, 5, 7], [0, 3, 30]) == pytest.approx(1)
+    assert planted.spearman([1, 5, 7], [9, 3, 3]) == pytest.approx(-(3**0.5) / 2)
+    assert planted.spearman([2, 2, 2], [1, 2, 3]) == 0
+
+
+def test_the_benchmark_measures_every_variant(sweep, monkeypatch, capsys):
+    ours = [name for name in bench.VARIANTS if "peft" not in name]
+    monkeypatch.setattr(bench, "VARIANTS", ours)  # peft takes seconds to import
+    (cell,) = sweep(bench, "--quick", "--rounds", 2, "--threads", 1)
+    assert list(cell["ratio"]) == ours and cell["ratio"]["limit"] == 1
+    assert sum(cell["parts"]["limit"]) == pytest.approx(1, abs=0.01)
+    assert cell["allocation"] > 0
+    held = cell["held_bytes"]
+    assert held["limit"] < held["LoRA"] < held["full"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "--rounds 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [bench.ByHand, bench.DenseByHand])
+def test_the_backwards_by_hand_of_the_benchmark_are_autograds(method):
+    base = nn.Linear(6, 9)
+    x = torch.randn(3, 4, 6)
+    results = []
+    for adapter in (TriAdaptLinear(base, 4, 2.0), method(base, 4, 2.0)):
+        generator = torch.Generator().manual_seed(0)
+        own = [p for p in adapter.parameters() if p.requires_grad]
+        for p in own:
+            p.data = torch.randn(p.shape, generator=generator)
+        inputs = x.clone().requires_grad_()
+        y = adapter(inputs)
+        gradients = torch.autograd.grad(y.square().sum(), [inputs, *own])
+        results.append([y.detach(), *gradients])
+    assert len(results[0]) == 6
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------- intervals
+
+
+def test_the_quantiles_are_students():
+    special = pytest.importorskip("scipy.special")
+    expected = [special.stdtrit(n, 0.975) for n in range(1, 31)]
+    assert list(intervals.T) == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_interval_is_the_mean_plus_and_minus_t_s_over_root_n():
+    assert intervals.interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert intervals.clear_side([1.0, 1.1, 1.2]) == 1
+    assert intervals.clear_side([-1.0, -1.1, -1.2]) == -1
+    assert intervals.clear_side([-1.0, 1.1, 1.2]) == 0
+    assert intervals.clear_side([1.0, 1.1]) == 0  # too few for an interval
+    assert math.isnan(intervals.half_width([1.0, 1.1]))
+
+
+def test_a_row_is_taken_at_its_best_rate_of_seed_0_and_not_before_that_has_run():
+    runs = []
+    for row, rate, seed, loss in [
+        ("a", 1, 0, 5.0),
+        ("a", 2, 0, 4.0),
+        ("a", 1, 1, 1.0),
+        ("a", 2, 1, 9.0),
+        ("b", 1, 1, 1.0),
+    ]:
+        runs.append({"row": row, "rate": rate, "seed": seed, "val": {"loss": loss}})
+    assert intervals.chosen_cells(runs) == {"a": {0: runs[1], 1: runs[3]}}
+
+
+# ---------------------------------------------------------------------- figures and tables
+
+
+def drawable_cells(key: str, task, sign: int, **more) -> list[dict]:
+    """Three seeds of rows of which growth is better than LoRA if sign is 1, and worse if -1."""
+    gains = {"LoRA": 0, "full fine-tuning": 0.5, "linear": 0.1, "linear, random": 0}
+    gains["brand new, equal numbers"] = 0.2
+    found = []
+    for row, gain in gains.items():
+        for seed, rate in [(0, 1), (0, 2), (1, 1), (2, 1)]:
+            test = {"loss": 4 + seed - sign * (gain + seed / 100)}
+            test |= {metric: value + sign * gain for metric, value in more.items()}
+            found.append(
+                {
+                    key: task,
+                    "row": row,
+                    "rate": rate,
+                    "seed": seed,
+                    "ranks": {"blocks.0.q": 2 + seed, "blocks.0.k": 6 - seed},
+                    "val": {"loss": rate},
+                    "settings": {"init_rank": 1},
+                    "trainable": {"final": 100 + seed},
+                    "test": test,
+                }
+            )
+    return found
+
+
+@pytest.fixture
+def drawable(tmp_path) -> Path:
+    """A folder with the smallest results that every figure can be drawn from."""
+    names = ["blocks.0.q", "blocks.0.k"]
+    compared = drawable_cells("task", "text", 1) + drawable_cells("task", "words", -1, accuracy=0.5)
+    compared.append(compared[-1] | {"row": "without seed 0"})
+    compared.append(compared[0] | {"task": "without LoRA", "row": "linear"})
+    low = drawable_cells("tokens", 9, 1) + drawable_cells("tokens", 99, -1)
+    shares = []
+    for name in ("paper", "uniform", "brand new"):
+        for seed in (0, 1, 2):
+            planted_ranks = dict(zip(names, (0, 3), strict=True))
+            cell = {"signal": name, "seed": seed, "config": {}, "share": 0.5, "kl": 0.1}
+            shares.append(cell | {"planted": planted_ranks})
+    log = []
+    for step, kind in enumerate(("start", "allocation", "allocation", "end")):
+        entry = {"kind": kind, "step": step, "ranks": dict.fromkeys(names, 1)}
+        entry["importance"] = dict.fromkeys(names, 1 / (1 + step))
+        if kind == "allocation":
+            score = dict.fromkeys(names, -0.1)
+            entry |= {"score": score, "grown": names[:1], "threshold": -0.1}
+        log.append(entry)
+    costs = []
+    for change in ({}, {"rank": 2}):
+        variants = ["limit", "LoRA", "TriAdaptLoRA", "full"]
+        cell = {"settings": bench.CENTRE | change | {"device": "abacus", "threads": 1}}
+        cell["ratio"] = dict.fromkeys(variants, 1.5)
+        cell["quartiles"] = dict.fromkeys(variants, (1.4, 1.6))
+        costs.append(cell)
+
+    (tmp_path / "first_run").mkdir()
+    contents = {"compare": compared, "low_data": low, "planted": shares, "bench": costs}
+    for name, lines in (contents | {"first_run/log": log}).items():
+        for line in lines:
+            cells.append(tmp_path / f"{name}.jsonl", line)
+    return tmp_path
+
+
+def test_every_figure_is_drawn_and_says_what_its_results_say(drawable, monkeypatch):
+    titles = {}
+
+    def note(figure, path, dpi) -> None:
+        """Like savefig, but small and fast."""
+        said = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
+        titles[path.name.split(".")[1]] = " | ".join(said)
+        figure.set_layout_engine("none")
+        figure.set_dpi(20)
+        figure.canvas.draw()
+        Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).save(path)
+
+    monkeypatch.setattr(draw.plt.Figure, "savefig", note)
+    for name in draw.FIGURES:
+        draw.draw(name, drawable, drawable)
+    assert {path.stem for path in drawable.glob("*.png")} == set(draw.FIGURES) == set(titles)
+    assert not [*drawable.glob(".*")]
+
+    said = titles["compare"]
+    assert "(linear) is better than random choice on 1 and than uniform choice on 0 of 2" in said
+    assert "text\nof 2 growths 1 better, 0 worse" in said
+    assert "words\nof 2 growths 0 better, 1 worse" in said
+    assert "is best on 1 of 2 tasks" in titles["parameters"]
+    assert "1 are better than LoRA and 1 worse" in titles["low_data"]
+    assert "falls in 2 of 2 matrices, 2 of which got no rank" in titles["importance"]
+    assert "below zero at 2 of 2 allocations" in titles["importance"]
+    assert "50% of the added rank where it is needed, divergence +0 ± 0 %" in titles["planted"]
+    assert "abacus, 1 threads: a step takes 1.500 times the limit" in titles["bench"]
+    for schedule in SCHEDULES:
+        assert f"{planned_end(schedule)} ({schedule})" in titles["growth"]
+    change = re.search(r"relative change (\S+)\)", titles["method"])
+    assert float(change.group(1)) < 1e-6
+
+
+def planned_end(schedule: str) -> int:
+    """The step at which train.py's defaults have spent the budget, counted with 24 matrices,
+    without an allocator."""
+    args = train.parse_args(["--schedule", schedule])
+    rest = (args.rank - args.init_rank) * 24
+    t = args.warmup
+    while rest > 0:
+        t += 1
+        done, steps = t - args.warmup, args.steps - args.warmup
+        k = {
+            "linear": rest * done // steps,
+            "exponential": math.floor(rest ** (done / steps) + 1e-9),
+            "fixed": args.top_k,
+        }[schedule]
+        rest -= min(rest, max(1, min(k, 24)))
+    return t
+
+
+def test_the_figure_of_the_method_tells_old_numbers_from_new_ones():
+    old = torch.tensor([[0.5, 0.0]])
+    new = torch.tensor([[0.5, 0.1, 1.0], [0.0, 0.7, float("nan")]])
+    kinds = draw.kinds_of(old, new).tolist()
+    assert kinds == [[draw.OLD, draw.RANDOM, draw.ONE], [draw.ZERO, draw.RANDOM, draw.OUTSIDE]]
+
+
+def test_a_figure_without_results_is_skipped_with_one_line(tmp_path, capsys):
+    (tmp_path / "first_run").mkdir()
+    for begun in (False, True):  # no file yet; a file without a finished run
+        for name, (_, file) in draw.FIGURES.items():
+            if file is not None:
+                if begun:
+                    (tmp_path / file).touch()
+                draw.draw(name, tmp_path, tmp_path)
+                said = f"{tmp_path / name}.png: skipped, no results for it in {tmp_path / file}\n"
+                assert capsys.readouterr().out == said
+    assert not [*tmp_path.glob("*.png")]
+
+
+def test_a_mean_beside_a_difference_is_over_the_same_seeds():
+    """LoRA has more seeds than the row, and its other seeds are far off."""
+    rows = {"LoRA": {}, "linear": {}}
+    for seed in range(6):
+        rows["LoRA"][seed] = {"test": {"loss": 4.0 if seed < 3 else 9.0}}
+    for seed in range(3):
+        rows["linear"][seed] = {"test": {"loss": 4.1}}
+    assert tables.summary_entry(rows, "linear") == "**+0.1000 ± 0.0000** (4.1000)"
+    assert tables.levels_of_lora(rows, ["LoRA", "linear"]) == "4.0000"
+
+
+def test_a_difference_is_bold_where_its_interval_is_clear_of_zero():
+    assert tables.difference([0.1, 0.2, 0.3]) == "+0.2000 ± 0.2484"
+    assert tables.difference([0.19, 0.2, 0.21]) == "**+0.2000 ± 0.0248**"
+    assert tables.difference([0.1, 0.1]) == "+0.1000"  # of two seeds there is no interval
+
+
+def test_a_link_of_the_paper_table_is_to_the_definition():
+    lines = (ROOT / "triadapt.py").read_text().splitlines()
+    number = int(tables.link_to("triadapt.py", "TriAdaptLinear.new_entries").split("#L")[1][:-1])
+    assert "def new_entries" in lines[number - 1]
+    classes = [line for line in lines[:number] if line.startswith("class ")]
+    assert classes[-1].startswith("class TriAdaptLinear")
+    with pytest.raises(LookupError, match=r"triadapt.py has no LoRALinear.fly"):
+        tables.link_to("triadapt.py", "LoRALinear.fly")
+
+
+# ------------------------------------------------------------------------------------ pages
+
+PARTS_OF = {
+    "README.md": ["paper", "first run", "found"],
+    "RESULTS.md": [
+        *("summary", "comparison", "long runs", "defaults", "ablations", "planted"),
+    ],
+    "BENCH.md": ["bench"],
+}
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_what_the_results_give(page):
+    text = page.read_text()
+    parts = re.findall(r"<!-- (.*): written by plots/figures/tables.py -->", text)
+    assert sorted(parts) == sorted(PARTS_OF[page.name])
+    assert tables.render(text) == text
+
+
+ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "plots").glob("*.md"))]
+
+
+def links_of(page: Path) -> list[Path]:
+    """The files that a page links to or shows."""
+    links = re.findall(r"\[[^]]*\]\(([^)#:]+)[^):]*\)", page.read_text())
+    return [(page.parent / link).resolve() for link in links]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_a_page_links_only_to_what_is_there(page):
+    for link in links_of(page):
+        assert link.exists(), link
+
+
+def test_every_figure_is_on_a_page_and_small():
+    linked = {link for page in ALL_PAGES for link in links_of(page)}
+    figures = set((ROOT / "plots").rglob("*.png"))
+    assert figures - linked == set()
+    assert max(path.stat().st_size for path in figures) <= draw.MOST_BYTES
+
+
+def test_a_part_that_is_not_closed_is_not_overwritten():
+    begin, end = tables.markers("first run")
+    assert tables.render(f"a\n{begin}\nold\n{end}\nz").endswith(f"{end}\nz")
+    with pytest.raises(ValueError, match="is not closed"):
+        tables.render(f"a\n{begin}\nold")
+
+
+def test_cells_are_read_as_they_were_appended(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    assert cells.read(path) == []
+    for row in ("a", "b"):
+        cells.append(path, {"row": row})
+    assert cells.read(path) == [{"row": "a"}, {"row": "b"}]
+    assert json.loads(path.read_text().splitlines()[1]) == {"row": "b"}
