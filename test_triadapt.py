@@ -1405,8 +1405,8 @@ def test_readme_own_model_runs_grows_to_the_budget_and_loads():
     names = {}
     exec(readme_code("own model"), names)
     adapters, allocator = names["adapters"], names["allocator"]
-    assert len(adapters) == 4
-    assert allocator.total_rank == allocator.budget == 16
+    assert len(adapters) == 6
+    assert allocator.total_rank == allocator.budget == 24
     assert {adapter.rank for adapter in adapters.values()} != {4}
     net, fresh, x = names["model"].eval(), names["fresh"].eval(), names["x"]
     assert F.mse_loss(net(x), names["y"]) < 1.5
