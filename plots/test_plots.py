@@ -3,6 +3,7 @@
 Experiments run in a temporary folder, on a base of a few thousand parameters.
 """
 
+import io
 import itertools
 import json
 import math
@@ -26,9 +27,9 @@ import data
 import train
 from model import GPT, GPTConfig
 from plots import signals
-from plots.experiments import adalora, bench, cells, compare, defaults, low_data, planted
-from plots.figures import draw, intervals, tables
-from triadapt import SCHEDULES, SIGNALS, TriAdaptLinear, add_adapters
+from plots.experiments import ablations, adalora, bench, cells, compare, defaults, low_data, planted
+from plots.figures import animate, draw, intervals, tables
+from triadapt import SCHEDULES, SIGNALS, RankAllocator, TriAdaptLinear, add_adapters
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
@@ -406,6 +407,51 @@ def keep_run(runs: list):
     return train_and_keep
 
 
+def test_an_ablation_changes_one_thing_and_two_released_recipes_never_train(sweep, monkeypatch):
+    rows = ["reference", "random core", "released: block-cb0", "released: block-abc0"]
+    rows += ["released: single", "moments of a grown matrix reset"]
+    common = ["--steps", "12", "--batch-size", "4", "--eval-interval", "12", "--rank", "4"]
+    monkeypatch.setattr(ablations, "COMMON", common)
+    found = {}
+    for cell in sweep(ablations, *TINY, "--seeds", 1, "--rows", *rows):
+        found[cell["row"]] = cell
+    assert {*found} == {*rows}
+    assert found["reference"]["jump"] < 1e-6 < found["released: single"]["jump"]
+    for row in ("released: block-cb0", "released: block-abc0"):
+        assert found[row]["test"] == found[row]["base"]
+    assert len({cell["test"] for cell in found.values()}) == len(rows) - 1
+
+
+def grown_with(kind) -> tuple:
+    """(how far B moves in the step after growth, its second moments at growth), where every
+    gradient is the same."""
+    net, adapters = small_net()
+    optimizer = adam(net)
+    allocator = kind(adapters, optimizer, **(ALLOCATION | {"schedule": "fixed", "interval": 5}))
+    for t in range(1, 9):  # it grows at step 7
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.full_like(p, 0.5)
+        before = adapters["0"].lora_B.detach().clone()
+        optimizer.step()
+        if allocator.step(t):
+            B = adapters["0"].lora_B
+            moments = optimizer.state[B]["exp_avg_sq"].clone()
+    moved = (adapters["0"].lora_B.detach() - before).abs()
+    return moved, moments
+
+
+def test_the_rules_for_new_moments_are_zero_their_mean_and_what_a_fresh_adam_does():
+    zero_moved, zero = grown_with(RankAllocator)
+    _, mean = grown_with(ablations.MeanMoments)
+    paced_moved, paced = grown_with(ablations.PacedMoments)
+    assert zero[:, 2].eq(0).all() and paced[:, 2].eq(0).all()
+    assert torch.allclose(mean[:, 2], mean[:, :2].mean())
+    assert torch.equal(mean[:, :2], zero[:, :2])
+    # The first step after growth: at its age Adam of a fresh entry moves it by the rate, 1e-2.
+    assert paced_moved[:, 2].max() <= 1.001e-2
+    assert torch.allclose(paced_moved[:, :2], zero_moved[:, :2])  # old entries are left alone
+
+
 def test_the_planted_ranks_are_found_by_who_knows_them(sweep):
     options = [*TINY[:4], "--seeds", 1, "--steps", 20, "--signals", "oracle", "uniform"]
     oracle, uniform = sweep(planted, *options)
@@ -609,6 +655,15 @@ def test_the_figure_of_the_method_tells_old_numbers_from_new_ones():
     assert kinds == [[draw.OLD, draw.RANDOM, draw.ONE], [draw.ZERO, draw.RANDOM, draw.OUTSIDE]]
 
 
+def test_the_moving_picture_has_a_frame_for_each_entry_and_stays_small():
+    log = cells.read(animate.LOG)
+    short = [log[0], log[3], log[-2], log[-1]]
+    assert Image.open(io.BytesIO(animate.animate(short))).n_frames == 3
+    with Image.open(animate.GIF) as committed:
+        assert committed.n_frames == len(log) - 1
+    assert animate.GIF.stat().st_size <= animate.MOST_BYTES
+
+
 def test_a_figure_without_results_is_skipped_with_one_line(tmp_path, capsys):
     (tmp_path / "first_run").mkdir()
     for begun in (False, True):  # no file yet; a file without a finished run
@@ -654,7 +709,7 @@ def test_a_link_of_the_paper_table_is_to_the_definition():
 PARTS_OF = {
     "README.md": ["paper", "first run", "found"],
     "RESULTS.md": [
-        *("summary", "comparison", "long runs", "defaults", "ablations", "planted"),
+        *("summary", "comparison", "long runs", "defaults", "ablations", "moments", "planted"),
     ],
     "BENCH.md": ["bench"],
 }

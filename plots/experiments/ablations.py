@@ -1,13 +1,15 @@
 """What each choice is worth: the default growth with one thing changed, and the released recipes.
 
     python plots/experiments/ablations.py                      # every row: hours of one core
-    python plots/experiments/ablations.py --rows moments --seeds 8 --share 0 2
+    python plots/experiments/ablations.py --seeds 8 --results plots/results/moments.jsonl \\
+        --rows "moments zero" "moments mean" "moments paced"
 
---rows takes beginnings of row names. Task, steps and batches are those of compare.py's prose, and
-all rows share the learning rate that it chose there for `linear`. A finished run is a line of
-plots/results/ablations.jsonl, so that a stopped sweep goes on where it was.
+--rows takes beginnings of row names; --share 0 2 does every second run, for two processes. Task,
+steps and batches are those of compare.py's prose, and all rows share the learning rate that it
+chose there for `linear`. A finished run is a line of the results, so that a stopped sweep goes on
+where it was.
 
-The rows `moments ...` compare rules for Adam's second moments of new entries: zero (what
+The second command compares rules for Adam's second moments of new entries: zero (what
 triadapt.py does), the mean of what the tensor has, and the pacing of the first edition, which
 took back after each step what an entry moved faster than in a freshly started Adam.
 
@@ -19,7 +21,6 @@ block is a full matrix twice, ours two triangles.
 import argparse
 import contextlib
 import io
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import train
 from data import batch
+from plots.experiments import cells
 from plots.experiments.compare import COMMON
 from plots.signals import SIGNALS, Worth
 from triadapt import METHODS, RankAllocator, TriAdaptLinear
@@ -341,18 +343,15 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[""], help="beginnings of row names")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: i, i + n, ...")
-    parser.add_argument("--results", type=Path, default=ROOT / "plots/results/ablations.jsonl")
+    parser.add_argument("--results", type=Path, default=cells.RESULTS / "ablations.jsonl")
     args, options = parser.parse_known_args()
-    args.results.touch()
     rows = [row for row in ROWS if row.startswith(tuple(args.rows))]
-    cells = [(seed, row) for seed in range(args.seeds) for row in rows]
-    for seed, row in cells[args.share[0] :: args.share[1]]:
-        lines = args.results.read_text(encoding="utf-8").splitlines()
-        done = [json.loads(line) for line in lines]
-        if not any(cell["row"] == row and cell["seed"] == seed for cell in done):
+    wanted = [(seed, row) for seed in range(args.seeds) for row in rows]
+    for seed, row in wanted[args.share[0] :: args.share[1]]:
+        done = {(cell["row"], cell["seed"]) for cell in cells.read(args.results)}
+        if (row, seed) not in done:
             line = measure(row, seed, options)
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            cells.append(args.results, line)
             print(f"{row}; seed {seed}; test {line['test']:.4f}; jump {line['jump']}", flush=True)
 
 

@@ -2,7 +2,7 @@
 
     python plots/figures/animate.py      # writes run.gif from plots/results/first_run/log.jsonl
 
-A frame for each entry of that run's log: the rank of every matrix, the total rank, and the
+A frame for each entry of that run's log but the last: the rank of every matrix, the total rank, and the
 validation loss, as far as the run has come.
 """
 
@@ -84,7 +84,7 @@ def draw_loss(axes, log: list[dict], i: int) -> None:
 def animate(log: list[dict]) -> bytes:
     """All frames as a GIF, in one palette."""
     frames = []
-    for i in range(len(log)):
+    for i in range(len(log) - 1):  # the last entry, the end, looks as the one before
         figure = draw_frame(log, i)
         file = io.BytesIO()
         figure.savefig(file, dpi=80)

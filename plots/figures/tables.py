@@ -394,6 +394,28 @@ def ablations_table() -> str:
     return f"{said}\n\n{table(head, lines)}"
 
 
+def moments_table() -> str:
+    """moments.jsonl: rules for the second moments of new entries, against the paced ones."""
+    losses = {}  # setting: {rule: {seed: test loss}}
+    for cell in cells.read(cells.RESULTS / "moments.jsonl"):
+        start, _, setting = cell["row"].partition(", ")
+        rules = losses.setdefault(setting, {})
+        rules.setdefault(start.removeprefix("moments "), {})[cell["seed"]] = cell["test"]
+    lines = []
+    for setting, rules in losses.items():
+        line = [
+            setting,
+            str(len(rules["paced"])),
+            mean_and_deviation([*rules["paced"].values()], 4),
+        ]
+        for one, other in (("zero", "paced"), ("mean", "paced"), ("zero", "mean")):
+            seeds = sorted(rules[one].keys() & rules[other].keys())
+            line.append(difference([rules[one][seed] - rules[other][seed] for seed in seeds]))
+        lines.append(line)
+    head = ["", "seeds", "paced: test loss", "zero minus paced", "mean minus paced"]
+    return table([*head, "zero minus mean"], lines)
+
+
 def planted_table() -> str:
     """planted.jsonl: where the rank went, and the divergence that was left."""
     runs = cells.read(cells.RESULTS / "planted.jsonl")
@@ -451,6 +473,7 @@ PARTS = {
     "long runs": long_runs,
     "defaults": defaults_table,
     "ablations": ablations_table,
+    "moments": moments_table,
     "planted": planted_table,
     "bench": bench_table,
 }
