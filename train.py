@@ -445,9 +445,9 @@ class Run:
         base = load_base(args, self.device)
         self.tokenizer, gpt = open_base(base, args.base)
         self.model = gpt.to(self.device)
-        self.split(texts)
+        self.encode(texts)
         if base["model"] is None:
-            self.adapt(copy.deepcopy(gpt))  # a rehearsal: tells what can't be before it pretrains
+            self.adapt(copy.deepcopy(gpt))  # only to find bad settings before the long pretraining
             pretrain(gpt, self.tokenizer, args.base_steps, self.device)
 
         # Adapters.
@@ -461,8 +461,8 @@ class Run:
         if args.resume:
             self.load()
 
-    def split(self, texts) -> None:
-        """{split: examples}, and the classes of a task."""
+    def encode(self, texts) -> None:
+        """Make {split: examples}, and the classes of a task."""
         args = self.args
         context = args.context or self.model.config.context
         if context > self.model.config.context:
@@ -477,7 +477,7 @@ class Run:
             self.examples = data.text_examples(args.data, texts, self.tokenizer, context)
 
     def adapt(self, gpt: GPT) -> None:
-        """Make adapters, optimiser and allocator for a model. All chance comes from the seed."""
+        """Make adapters, optimiser and allocator for a model; the seed makes what is random."""
         args = self.args
         torch.manual_seed(args.seed)
         self.adapters = {}
@@ -489,9 +489,9 @@ class Run:
 
         trained = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
         core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
-        rest = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
+        others = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
         groups = [
-            {"params": rest, "lr_ratio": 1.0},
+            {"params": others, "lr_ratio": 1.0},
             {"params": core, "lr_ratio": args.core_lr_ratio},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -522,7 +522,7 @@ class Run:
             for step in range(self.step + 1, args.steps + 1):
                 began = time.perf_counter()
 
-                # One optimiser step. All its chance comes from (seed, step) and the process.
+                # One optimiser step. What is random in it, as dropout, comes from seed and step.
                 torch.manual_seed(self.seed(step) * WORLD + PROCESS)
                 rate = learning_rate(step, args.steps, args.lr)
                 examples = draw_batch(self.examples["train"], args.seed, step, size=args.batch_size)
@@ -534,7 +534,8 @@ class Run:
                         f"lr {args.lr}: the loss is {loss} at step {step}; give a lower one"
                     )
 
-                # Growth: between two optimiser steps, with the same new rows in every process.
+                # Growth, between two optimiser steps. New rows of A are random: the seed makes them
+                # the same in every process.
                 grown = []
                 if self.allocator is not None:
                     torch.manual_seed(self.seed(step))
@@ -570,7 +571,7 @@ class Run:
             say(f"look at {self.out / 'run.png'}; beside it: log.jsonl adapter.pt checkpoint.pt")
 
     def seed(self, step: int) -> int:
-        """No two steps of any two seeds share it. (Not shifted: torch drops bits above 32.)"""
+        """Of a step: up to a million steps, no two of any two runs share one."""
         return self.args.seed * 1_000_003 + step
 
     @torch.no_grad()
@@ -613,6 +614,7 @@ class Run:
     # Checkpoints.
 
     def save(self) -> None:
+        """A checkpoint to resume from, the adapter alone, and the log."""
         trained = adapter_state_dict(self.model)
         checkpoint = {
             "settings": vars(self.args),
@@ -628,7 +630,7 @@ class Run:
         save_file(self.out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in self.log))
 
     def load(self) -> None:
-        """Go on where the run was: adapters grow inside the optimiser, then all numbers follow."""
+        """Go on where the run was: adapters grow to their ranks, then get weights and moments."""
         path = self.out / "checkpoint.pt"
         saved = load_file(path, "trained", "optimizer", "growth", "progress")
         try:

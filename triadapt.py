@@ -14,8 +14,9 @@ From rank 3 to rank 4 all four factors grow by appending, and no trained number 
     L in memory, row by row:          o | o o | o o o | + + + +
     U in memory, column by column:    o | o o | o o o | + + + +
 
-Of each new path through B (L + U) A exactly one factor is zero, B's column: the output stays, yet
-the gradient is not zero. A run starts the same way: with B = 0 and L + U = 1 it is LoRA exactly.
+B (L + U) A stays what it was, as the new column of B is zero and so are the new numbers of L + U
+but the last; yet B's new column gets a gradient at once, and the others with it. A run starts the
+same way: B = 0 and L + U the identity, which computes what the base does, and trains as LoRA does.
 
 In this file, in the order of the paper:
 
@@ -49,13 +50,13 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
-        self.rank = 0
+        self.rank = 0  # what the first ranks are appended to
         for name, entries in self.new_entries(rank).items():
             setattr(self, name, nn.Parameter(entries.to(base.weight.device)))
         self.rank = rank
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
-        """What n more ranks append to each tensor. From rank 0 on, that is the start of a run."""
+        """What n more ranks append to each tensor: at rank 0 the start, later the growth."""
         d_out, d_in = self.base.weight.shape
         return {
             "lora_B": torch.zeros(d_out, n),
@@ -63,16 +64,16 @@ class LoRALinear(nn.Module):
         }
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The update s (left) (right) of W: left (d_out, r), right (r, d_in)."""
+        """B (L + U), (d_out, r), and A, (r, d_in); LoRA has no core, so B alone."""
         return self.lora_B, self.lora_A
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-        # y = W x + b + s B (L + U) A x
+        # y = W x + b + s B (L + U) A x. A token is a row here, so it stands left of a matrix.
         B_core, A = self.factors()
-        tokens = x.reshape(-1, x.shape[-1])  # (n, d_in)
-        y = self.base(tokens)  # (n, d_out)
-        Ax = self.dropout(tokens) @ A.T.to(x.dtype)  # (n, r)
-        # In place: one more (n, d_out) tensor would cost more than the low-rank product itself.
+        tokens = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
+        y = self.base(tokens)  # (tokens, d_out)
+        Ax = self.dropout(tokens) @ A.T.to(x.dtype)  # (tokens, r)
+        # In place: one more tensor of y's size would cost more than the low-rank product itself.
         y.addmm_(Ax.to(y.dtype), B_core.T.to(y.dtype), alpha=self.scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -92,7 +93,7 @@ class LoRALinear(nn.Module):
             setattr(self, name, new)
             if optimizer is not None:
                 carry_state(optimizer, old, new, axis)
-        self.rank += n
+        self.rank += n  # at the end: new_entries reads the rank before growth
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to W, in float32: (d_out, d_in)."""
@@ -101,7 +102,8 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + delta_weight(), for code that reads a Linear's weight instead of calling it."""
+        """W + delta_weight(), dense and without dropout, for code that reads a Linear's weight and
+        does not call it, as torch's attention."""
         return (self.base.weight.float() + self.delta_weight()).to(self.base.weight.dtype)
 
     @property
@@ -127,35 +129,43 @@ class TriAdaptLinear(LoRALinear):
     GROWS_ALONG = {"lora_B": 1, "lora_L": 0, "lora_U": 0, "lora_A": 0}
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
-        """The start and the growth of all four. The core begins, and goes on, as the identity."""
+        """The start and the growth of all four: L gets ones on the diagonal, L + U an identity."""
         as_in_lora = super().new_entries(n)
-        lengths = range(self.rank + 1, self.rank + n + 1)
-        rows = torch.cat([torch.eye(length)[-1] for length in lengths])
+        rows = []
+        for length in range(self.rank + 1, self.rank + n + 1):
+            row = torch.zeros(length)
+            row[-1] = 1.0
+            rows.append(row)
+        packed_rows = torch.cat(rows)
         return {
             "lora_B": as_in_lora["lora_B"],  # (d_out, n): n columns of zeros
-            "lora_L": rows,  # n rows of r + 1, ..., r + n numbers: zeros and a closing 1
-            "lora_U": torch.zeros_like(rows),  # n columns of r + 1, ..., r + n zeros
+            "lora_L": packed_rows,  # n rows of r + 1, ..., r + n numbers: zeros and a closing 1
+            "lora_U": torch.zeros_like(packed_rows),  # n columns as long as these rows: zeros
             "lora_A": as_in_lora["lora_A"],  # (n, d_in): n random rows
         }
 
     def core(self) -> Tensor:
-        """L + U: (r, r). Both have a diagonal, and the two add up."""
+        """L + U: (r, r). Both hold a diagonal, r numbers more than a full matrix; they add up."""
         L = unpack_triangle(self.lora_L, self.rank)
         U = unpack_triangle(self.lora_U, self.rank).T  # U's columns are packed as L's rows are
         return L + U
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (L + U) and A. The core meets B, once a step, and not every token."""
+        """B (L + U) and A: the core meets B once in a forward pass, instead of every token."""
         return self.lora_B @ self.core(), self.lora_A
 
     @torch.no_grad()
     def importance(self) -> Tensor:
-        """F = ||L + U||_F / r, the normalised Frobenius norm of the core: one number, no unit."""
+        """F = ||L + U||_F / r, the normalised Frobenius norm: the root mean square of the core.
+
+        The identity has F = 1 / sqrt(r), so growth alone lowers it.
+        """
         return self.core().norm() / self.rank
 
 
 def unpack_triangle(packed: Tensor, r: int) -> Tensor:
     """The lower triangle (r, r) whose r (r + 1) / 2 numbers are packed row by row."""
+    # tril_indices goes row by row; index_put makes a new tensor, through which gradients flow.
     row, column = torch.tril_indices(r, r, device=packed.device)
     return packed.new_zeros(r, r).index_put((row, column), packed)
 
@@ -193,8 +203,9 @@ def check_state_can_grow(optimizer: torch.optim.Optimizer) -> None:
 METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
 
 
-# How many matrices may grow at an allocation, before rounding down. Q: ranks of the budget that
-# are left. m: progress since the warm-up, from 0 to 1. The paper calls `exponential` non-linear.
+# A schedule tells how many matrices may grow at an allocation, before rounding down: k. The k-th
+# largest score is the threshold then. Q: ranks of the budget that are left. m: progress since the
+# warm-up, from 0 to 1. The paper calls `exponential` non-linear.
 SCHEDULES = {
     "linear": lambda Q, m, top_k: Q * m,
     "exponential": lambda Q, m, top_k: math.exp(m * math.log(Q)),
@@ -205,22 +216,24 @@ SCHEDULES = {
 class RankAllocator:
     """Grows the matrices whose score is at or above a dynamic threshold, until a budget is spent.
 
-    The total rank ends at exactly the budget, target_rank x matrices: the last growth is cut to
-    what is left. Override `scores` for another signal (README, "Fork it", has the contract).
+    The total rank never passes the budget, target_rank x matrices: the last growth is cut to what
+    is left. It ends there if the allocations suffice, which `plan` tells beforehand. Override
+    `scores` for another signal: README, "Fork it", has the contract.
 
     adapters: {module name: adapter}, as add_adapters returns them; ties go to the first in order.
     optimizer: what trains them; its state must be per entry, as that of Adam and SGD is.
     schedule: how many matrices may grow at an allocation: linear, exponential or fixed.
     target_rank: mean rank in the end, in ranks a matrix; the `rank` of add_adapters.
     total_steps: length of the training, in optimiser steps.
-    warmup: optimiser steps before growth can begin.
+    warmup: optimiser steps before growth; the first allocation is at step warmup + interval.
     interval: optimiser steps from one allocation to the next.
     rank_step: ranks that a matrix grows by at an allocation.
     top_k: matrices that grow at an allocation; for the fixed schedule alone.
     count_numbers: the budget counts trained numbers, as many as LoRA has at the target rank,
         instead of ranks.
 
-    Raises ValueError for a setting out of range, or if the budget can't be reached.
+    Raises ValueError for a setting out of range, or if the budget could not even be reached by
+    growth of all matrices at every allocation.
     """
 
     def __init__(
@@ -247,15 +260,16 @@ class RankAllocator:
         self.rank_step = rank_step
         self.top_k = top_k
         self.count_numbers = count_numbers
-        self.budget = target_rank * len(adapters)
         if count_numbers:
             linears = [adapter.base for adapter in adapters.values()]
             self.budget = target_rank * sum(x.in_features + x.out_features for x in linears)
+        else:
+            self.budget = target_rank * len(adapters)
         self.prices: dict[tuple, int] = {}  # of numbers, for `price`
         self.check_settings()
 
         self.baseline = self.importances()
-        # Of the last allocation, for the log: all scores, and the threshold among them.
+        # Of the last allocation, for the log: the scores of all that could grow, the threshold.
         self.last_scores: dict[str, float] = {}
         self.threshold = math.nan
 
@@ -265,20 +279,20 @@ class RankAllocator:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule}: must be one of {', '.join(SCHEDULES)}")
-        if self.rest < 0:
+        if self.budget_left < 0:
             raise ValueError(f"target_rank {self.target_rank}: the adapters have more already")
         steps = self.total_steps - self.warmup
-        if not 0 < steps <= self.total_steps:
+        if not 0 <= self.warmup < self.total_steps:
             raise ValueError(f"warmup {self.warmup}: must be from 0 to below {self.total_steps}")
         if self.interval > steps:
             raise ValueError(
                 f"interval {self.interval}: must be {steps} or less, the steps after the warm-up"
             )
         most = steps // self.interval * len(self.adapters) * self.rank_step
-        if most < self.rest_in_ranks():
+        if most < self.ranks_left():
             raise ValueError(
                 f"rank_step {self.rank_step}: {steps // self.interval} allocations can't add the "
-                f"{self.rest_in_ranks()} ranks of the budget; raise it, or lower interval or warmup"
+                f"{self.ranks_left()} ranks of the budget; raise it, or lower interval or warmup"
             )
         trained = {p for group in self.optimizer.param_groups for p in group["params"]}
         for name, adapter in self.adapters.items():
@@ -294,20 +308,23 @@ class RankAllocator:
         """
         if t == self.warmup:
             self.baseline = self.importances()  # what moved before does not count
-        k = self.count(t, self.rest_in_ranks())
+        k = self.count(t, self.ranks_left())
         if k == 0:  # no step for an allocation, or the budget is spent: nobody grows
             return []
 
-        # The threshold is the k-th largest score. Who is at or above it grows; of ties at the
-        # threshold the first in module order, [:k], so that the budget is exact.
+        # The threshold is the k-th largest score. Who is above it grows; of those who are at it,
+        # as ties are, the first in module order (sorting keeps it), until k: the budget is exact.
         scores = self.scores()
         for name, score in scores.items():
             if math.isnan(score):
                 raise ValueError(f"score {score} of {name}: must be a number that can be compared")
         scores = {name: scores[name] for name in scores if self.affordable(name) > 0}
         ranking = sorted(scores, key=scores.get, reverse=True)
-        threshold = scores[ranking[:k][-1]]
-        chosen = [name for name in ranking if scores[name] >= threshold][:k]
+        k = min(k, len(ranking))
+        threshold = scores[ranking[k - 1]]
+        above = [name for name in ranking if scores[name] > threshold]
+        ties = [name for name in ranking if scores[name] == threshold]
+        chosen = above + ties[: k - len(above)]
 
         grown = []
         for name in chosen:
@@ -320,16 +337,16 @@ class RankAllocator:
         self.threshold = threshold
         return grown
 
-    def count(self, t: int, rest: int) -> int:
-        """k, how many matrices may grow at step t when `rest` ranks of the budget are left."""
+    def count(self, t: int, Q: int) -> int:
+        """k, how many matrices may grow at step t when Q ranks of the budget are left."""
         since = t - self.warmup
-        if rest == 0 or since <= 0 or since % self.interval != 0:
+        if Q == 0 or since <= 0 or since % self.interval != 0:
             return 0
-        progress = since / (self.total_steps - self.warmup)
-        k = SCHEDULES[self.schedule](rest, progress, self.top_k)
+        m = since / (self.total_steps - self.warmup)
+        k = SCHEDULES[self.schedule](Q, m, self.top_k)
         k = math.floor(k + 1e-9)  # 28.999999999999996 means 29
         k = max(k, 1)  # one may grow also where the formula is below 1
-        return min(k, len(self.adapters), math.ceil(rest / self.rank_step))
+        return min(k, len(self.adapters), math.ceil(Q / self.rank_step))
 
     def importances(self) -> dict[str, float]:
         """F of each matrix."""
@@ -337,7 +354,7 @@ class RankAllocator:
         return dict(zip(self.adapters, values.tolist(), strict=True))
 
     def scores(self) -> dict[str, float]:
-        """The change of F since the last allocation, or since the end of the warm-up."""
+        """How much F rose since the last allocation, or else the end of the warm-up; often < 0."""
         return {name: F - self.baseline[name] for name, F in self.importances().items()}
 
     @property
@@ -345,8 +362,8 @@ class RankAllocator:
         return sum(adapter.rank for adapter in self.adapters.values())
 
     @property
-    def rest(self) -> int:
-        """What is left of the budget, in ranks or numbers."""
+    def budget_left(self) -> int:
+        """In ranks, or in numbers."""
         if not self.count_numbers:
             return self.budget - self.total_rank
         trained = [p for a in self.adapters.values() for p in a.parameters() if p.requires_grad]
@@ -366,16 +383,16 @@ class RankAllocator:
     def affordable(self, name: str) -> int:
         """The ranks that a matrix may grow by: rank_step, or less where the rest pays for less."""
         n = self.rank_step
-        while n > 0 and self.price(name, n) > self.rest:
+        while n > 0 and self.price(name, n) > self.budget_left:
             n -= 1
         return n
 
-    def rest_in_ranks(self) -> int:
+    def ranks_left(self) -> int:
         """Q: the ranks that the rest of the budget pays for, at the mean price of a rank."""
         prices = [self.price(name, 1) for name in self.adapters]
-        if self.rest < min(prices):
+        if self.budget_left < min(prices):
             return 0
-        return max(1, self.rest * len(prices) // sum(prices))
+        return max(1, self.budget_left * len(prices) // sum(prices))
 
     def plan(self) -> list[tuple[int, int]]:
         """(step, total rank after it) of each allocation: scores decide who grows, not how many.
@@ -384,7 +401,7 @@ class RankAllocator:
         """
         plan = []
         total = self.total_rank
-        end = total + self.rest_in_ranks()
+        end = total + self.ranks_left()
         for t in range(1, self.total_steps + 1):
             k = self.count(t, end - total)
             if k > 0:
@@ -501,10 +518,13 @@ def load_adapter_state_dict(
     """Load what adapter_state_dict gave into a model with the same adapters.
 
     Adapters grow to the saved ranks first. An optimizer that exists must be given, as growth
-    replaces parameters. Raises ValueError, and copies no number, if a tensor does not fit.
+    replaces parameters. Raises ValueError if a tensor does not fit; then no
+    number is copied, though adapters may have grown.
     """
     own = adapter_state_dict(model)
-    for name in sorted(own.keys() ^ state.keys(), key=str):
+    odd = own.keys() ^ state.keys()
+    if odd:
+        name = min(odd, key=str)
         where = "model" if name in own else "file"
         raise ValueError(f"{name}: only the {where} has it; use the base and targets of that run")
     for name, p in own.items():
@@ -526,4 +546,4 @@ def load_adapter_state_dict(
                 f"the file has shape {list(saved.shape)}"
             )
     for name, p in own.items():
-        p.copy_(state[name])
+        p.copy_(state[name])  # into the model, whose memory it shares

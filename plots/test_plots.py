@@ -210,7 +210,7 @@ def test_a_budget_in_numbers_is_never_passed_and_spent_but_for_less_than_a_growt
             assert used <= lora
         cheapest = min(2 * (a.rank + 1) + sum(a.base.weight.shape) for a in adapters.values())
         assert lora - used < cheapest
-        assert allocator.rest == lora - used
+        assert allocator.budget_left == lora - used
 
 
 @pytest.mark.parametrize("score", ["sensitivity", "worth"])

@@ -294,7 +294,7 @@ class Measured(train.Run):
             self.allocator.step = self.watched_step
 
     def watched_step(self, t: int) -> list[str]:
-        k = self.allocator.count(t, self.allocator.rest_in_ranks())
+        k = self.allocator.count(t, self.allocator.ranks_left())
         if self.jump is not None or k == 0:
             return self.grow(t)
         before = self.logits()

@@ -2,8 +2,8 @@
 
     python plots/figures/animate.py      # writes run.gif from plots/results/first_run/log.jsonl
 
-A frame for each entry of that run's log but the last: the rank of every matrix, the total rank, and the
-validation loss, as far as the run has come.
+A frame for each entry of that run's log but the last: the rank of every matrix, the total rank,
+and the validation loss, as far as the run has come.
 """
 
 import io

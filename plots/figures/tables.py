@@ -78,7 +78,7 @@ PAPER = {
         "triadapt.py RankAllocator.count",
         "triadapt.py RankAllocator.step",
     ],
-    "growth in the training loop": ["train.py Run.train"],
+    "growth in the training loop: between two optimiser steps": ["train.py Run.train"],
 }
 
 
@@ -97,7 +97,7 @@ def link_to(file: str, name: str) -> str:
     number = 0
     for part in name.split("."):
         more = r"\w*" if part.startswith("test_") else ""
-        pattern = re.compile(rf" *((def|class) ({part}{more})\b|{part} = )")
+        pattern = re.compile(rf" *((def|class) ({part}{more})\b)|{part} = ")
         while number < len(lines) and not pattern.match(lines[number]):
             number += 1
         if number == len(lines):
@@ -120,7 +120,7 @@ def first_run() -> str:
         lines.append(train.in_words(log[: i + 1]))
     shown = "\n".join(f"    {line}" for line in lines)
     return (
-        f"{shown}\n\nExpect a test loss of {first['test_loss']:.2f} nats per token before adapting "
+        f"{shown}\nExpect a test loss of {first['test_loss']:.2f} nats per token before adapting "
         f"and {last['test_loss']:.2f} after, with a total rank that grows from "
         f"{first['total_rank']} to {last['total_rank']}."
     )
@@ -149,12 +149,7 @@ def found_table() -> str:
             seeds = seed_counts(tasks, FOUND.values())
             shown = [levels_of_lora(rows, FOUND.values()) for rows in tasks.values()]
         lines.append([label, ", ".join(map(str, sorted(seeds))), *shown])
-    return (
-        "Test loss in nats per token (lower is better) and accuracy (higher is better), minus "
-        "LoRA's with the same seeds: mean ± 95 % interval by Student's t, **bold** where it is "
-        "clear of zero. LoRA's own row: its mean over as many seeds.\n\n"
-        + table(["", "seeds", *head], lines)
-    )
+    return table(["", "seeds", *head], lines)
 
 
 # What is said of LoRA itself: its mean over just those seeds that other rows are paired with.
