@@ -176,10 +176,11 @@ def download_gpt2(name: str) -> Path:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """{name: tensor} of a file of weights, .bin or .safetensors; nothing in it can run."""
-    try:
+    try:  # torch.load tells the two apart, and needs the package safetensors for the second
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"base {path}: damaged, or not a file of weights") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"base {path}: not weights that can be read ({reason})") from error
 
 
 def convert_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:

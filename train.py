@@ -1,12 +1,12 @@
 """Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show who grows.
 
-    python train.py --schedule linear                    # pretrains a base once, then adapts it
-    python train.py --base gpt2 --task reviews.tsv       # published weights, texts to classify
-    python train.py --resume runs/triadapt-linear        # goes on after Ctrl-C, to the same bits
-    torchrun --standalone --nproc_per_node=2 train.py    # processes share each batch
-
-From top to bottom: settings, files, one training step, base model, adapters, loop, report.
+python train.py --schedule linear                    # pretrains a base once, then adapts it
+python train.py --base gpt2 --task reviews.tsv       # published weights, texts to classify
+python train.py --resume runs/triadapt-linear        # goes on after Ctrl-C, to the same bits
+torchrun --standalone --nproc_per_node=2 train.py    # processes share each batch
 """
+
+# From top to bottom: settings, files, one training step, base model, the run, report.
 
 import argparse
 import contextlib
@@ -70,10 +70,10 @@ SETTINGS = {
     ],
     "growth": [
         ("schedule", str, None, "how many matrices grow at an allocation [linear if any can]"),
-        ("score", str, "importance", "what tells which matrices grow"),
+        ("score", str, "importance", "what tells who grows; plots/signals.py has rivals of it"),
         ("budget", str, "ranks", "what it counts; numbers: as many as LoRA trains"),
         ("rank_step", int, 1, "ranks that a matrix grows by at once"),
-        ("interval", int, None, "steps between allocations [1 per 300: late ranks learn little]"),
+        ("interval", int, None, "steps between allocations [steps / 300: late ranks learn little]"),
         ("warmup", int, None, "steps before growth [2 %% of all, for the same reason]"),
         ("top_k", int, 4, "matrices that grow at an allocation of the fixed schedule"),
     ],
@@ -515,7 +515,6 @@ class Run:
         """The loop, from wherever the run is to its end."""
         args = self.args
         if not self.log:
-            save_file(self.out / "config.json", json.dumps(vars(args), indent=1))
             self.note("start", **self.description(), **self.test())
 
         with ctrl_c_waits() as interrupts:
@@ -571,7 +570,7 @@ class Run:
             say(f"look at {self.out / 'run.png'}; beside it: log.jsonl adapter.pt checkpoint.pt")
 
     def seed(self, step: int) -> int:
-        """Of a step: up to a million steps, no two of any two runs share one."""
+        """Of a step: up to a million steps, no two steps of any two runs share one."""
         return self.args.seed * 1_000_003 + step
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ From rank 3 to rank 4 all four factors grow by appending, and no trained number 
     U in memory, column by column:    o | o o | o o o | + + + +
 
 B (L + U) A stays what it was, as the new column of B is zero and so are the new numbers of L + U
-but the last; yet B's new column gets a gradient at once, and the others with it. A run starts the
-same way: B = 0 and L + U the identity, which computes what the base does, and trains as LoRA does.
+but the last. Yet B's new column gets a gradient at once, and the rest as soon as that has moved. A
+run starts the same way: with B = 0 and L + U = identity it computes what the base does, as LoRA.
 
 In this file, in the order of the paper:
 
@@ -204,8 +204,8 @@ METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
 
 
 # A schedule tells how many matrices may grow at an allocation, before rounding down: k. The k-th
-# largest score is the threshold then. Q: ranks of the budget that are left. m: progress since the
-# warm-up, from 0 to 1. The paper calls `exponential` non-linear.
+# largest score is the threshold then. Q: ranks of the budget that are left, which shrinks as ranks
+# are given out. m: progress since the warm-up, from 0 to 1. The paper calls exponential non-linear.
 SCHEDULES = {
     "linear": lambda Q, m, top_k: Q * m,
     "exponential": lambda Q, m, top_k: math.exp(m * math.log(Q)),
