@@ -16,7 +16,7 @@ From rank 3 to rank 4 all four factors grow by appending, and no trained number 
 
 B (L + U) A stays what it was, as the new column of B is zero and so are the new numbers of L + U
 but the last. Yet B's new column gets a gradient at once, and the rest as soon as that has moved. A
-run starts the same way: with B = 0 and L + U = identity it computes what the base does, as LoRA.
+run starts the same way: with B = 0 and L + U the identity it computes what the base does.
 
 In this file, in the order of the paper:
 
@@ -175,9 +175,11 @@ def carry_state(
 ) -> None:
     """Put `new` in the place of `old` in its group, with the state of its old entries, to the bit.
 
-    New entries have zero moments, yet Adam takes them to be as old as their tensor. So at first
-    one moves at most 1.0 times the learning rate a step with betas (.9, .99), and 2.1 times later;
-    3.2 and 6.6 times with (.9, .999).
+    New entries get zeros, but of Adam's second moments the mean of their tensor. So one whose
+    gradients are as large as its tensor's moves 0.1 of the learning rate at first, then more, and
+    never more than the rate, as Adam's first beta is .9. (Zeros there would let it move up to 2.1
+    times the rate with betas (.9, .99) and 6.6 with (.9, .999), as Adam takes a new entry to be as
+    old as its tensor. That cost loss: plots/RESULTS.md, "The moments of new entries".)
     """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
@@ -185,6 +187,8 @@ def carry_state(
     for key, value in state.items():
         if torch.is_tensor(value) and value.dim() > 0:  # a moment, and not a count of steps
             state[key] = value.new_zeros(new.shape)
+            if "exp_avg_sq" in key:
+                state[key] += value.mean()
             state[key].narrow(axis, 0, old.shape[axis]).copy_(value)
     optimizer.state[new] = state
 
@@ -297,7 +301,7 @@ class RankAllocator:
         trained = {p for group in self.optimizer.param_groups for p in group["params"]}
         for name, adapter in self.adapters.items():
             if not all(getattr(adapter, tensor) in trained for tensor in adapter.GROWS_ALONG):
-                raise ValueError(f"optimizer: it lacks parameters of {name}; make it after it")
+                raise ValueError(f"optimizer: it lacks tensors of {name}; make it after adapters")
 
     def step(self, t: int) -> list[str]:
         """Call after optimiser step t = 1, 2, ..., total_steps. Returns the names of who grew.

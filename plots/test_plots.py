@@ -441,8 +441,8 @@ def grown_with(kind) -> tuple:
 
 
 def test_the_rules_for_new_moments_are_zero_their_mean_and_what_a_fresh_adam_does():
-    zero_moved, zero = grown_with(RankAllocator)
-    _, mean = grown_with(ablations.MeanMoments)
+    zero_moved, zero = grown_with(ablations.ZeroMoments)
+    _, mean = grown_with(RankAllocator)
     paced_moved, paced = grown_with(ablations.PacedMoments)
     assert zero[:, 2].eq(0).all() and paced[:, 2].eq(0).all()
     assert torch.allclose(mean[:, 2], mean[:, :2].mean())

@@ -9,9 +9,10 @@ steps and batches are those of compare.py's prose, and all rows share the learni
 chose there for `linear`. A finished run is a line of the results, so that a stopped sweep goes on
 where it was.
 
-The second command compares rules for Adam's second moments of new entries: zero (what
-triadapt.py does), the mean of what the tensor has, and the pacing of the first edition, which
-took back after each step what an entry moved faster than in a freshly started Adam.
+The second command compares rules for Adam's second moments of new entries: zero, the mean of what
+the tensor has (what triadapt.py does), and the pacing of the first edition, which took back after
+each step what an entry moved faster than in a freshly started Adam. (Its stored lines are of a
+time when triadapt.py had the rule `zero`: their setting `score` names the rules that way round.)
 
 A recipe is what one variant of the released code starts its tensors as, its scale and its
 importance, in our own code; growth, budget, optimiser and learning rates are ours. Their first
@@ -153,8 +154,8 @@ class Forgetful(RankAllocator):
         return grown
 
 
-class MeanMoments(RankAllocator):
-    """The second moments of new entries start as the mean of what their tensor has."""
+class ZeroMoments(RankAllocator):
+    """The second moments of new entries start at zero, not at the mean of their tensor's."""
 
     def step(self, t: int) -> list[str]:
         before = {key: p.shape[axis] for key, p, axis in self.tensors()}
@@ -163,8 +164,7 @@ class MeanMoments(RankAllocator):
             new = p.shape[axis] - before[key]
             if new > 0:
                 moments = self.optimizer.state[p]["exp_avg_sq"]
-                old = moments.narrow(axis, 0, before[key])
-                moments.narrow(axis, before[key], new).fill_(old.mean())
+                moments.narrow(axis, before[key], new).zero_()
         return grown
 
     def tensors(self):
@@ -174,7 +174,7 @@ class MeanMoments(RankAllocator):
                 yield (name, tensor), getattr(adapter, tensor), axis
 
 
-class PacedMoments(MeanMoments):
+class PacedMoments(ZeroMoments):
     """Zero moments, and after each step what a new entry moved too far is taken back.
 
     Adam corrects for its zero start by f(t), t the tensor's step count. The moments of an entry of
@@ -187,7 +187,7 @@ class PacedMoments(MeanMoments):
         optimizer.register_step_post_hook(self.take_back)
 
     def step(self, t: int) -> list[str]:
-        grown = RankAllocator.step(self, t)
+        grown = super().step(t)
         for key, p, axis in self.tensors():
             new = p.shape[axis] - len(self.born[key])
             if new > 0:
@@ -226,9 +226,9 @@ METHODS |= {
 SIGNALS |= {
     "baseline-before": BaselineBefore,
     "forgetful": Forgetful,
-    "mean-moments": MeanMoments,
+    "zero-moments": ZeroMoments,
     "paced-moments": PacedMoments,
-    "mean-worth": type("MeanWorth", (MeanMoments, Worth), {}),
+    "zero-worth": type("ZeroWorth", (ZeroMoments, Worth), {}),
     "paced-worth": type("PacedWorth", (PacedMoments, Worth), {}),
 }
 
@@ -263,8 +263,8 @@ def make_moments_rows() -> dict[str, list[str]]:
     """The rules for new second moments, with the paper's importance and the default recipe, and
     with worth at equal numbers and a slow core."""
     signals = {
-        "importance": {"zero": "importance", "mean": "mean-moments", "paced": "paced-moments"},
-        "worth": {"zero": "worth", "mean": "mean-worth", "paced": "paced-worth"},
+        "importance": {"zero": "zero-moments", "mean": "importance", "paced": "paced-moments"},
+        "worth": {"zero": "zero-worth", "mean": "worth", "paced": "paced-worth"},
     }
     more = {"importance": [], "worth": ["--budget", "numbers", "--core-lr-ratio", "0.1"]}
     rows = {}
