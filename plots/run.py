@@ -97,7 +97,7 @@ def draw_final_ranks(axes, ranks: dict[str, int]) -> None:
 
 def draw_importance(axes, log: list[dict]) -> None:
     """F of each matrix over the run, a colour for each kind."""
-    axes.set_title("Importance: the normalised Frobenius norm of each core")
+    axes.set_title("Importance: normalised Frobenius norm of the cores")
     axes.set(xlabel="step", ylabel=r"$F=\|L+U\|_F/r$ (no unit)")
     if "importance" not in log[0]:
         axes.text(0.5, 0.5, "not measured: no growth", ha="center", transform=axes.transAxes)
