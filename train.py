@@ -10,7 +10,6 @@ torchrun --standalone --nproc_per_node=2 train.py    # processes share each batc
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import inspect
 import json
@@ -438,7 +437,11 @@ class Run:
         if args.merge is not None:
             check_writable(f"merge {args.merge}", Path(args.merge).parent)
 
-        # Data: read before anything that takes long, so that a mistake is told at once.
+        # A mistake is told at once: settings are tried on a model of our base's sizes, and data is
+        # read, before anything that takes long.
+        self.classes = []
+        if args.base == "code":
+            self.adapt(GPT(GPTConfig()))
         texts = data.task_rows(args.task) if args.task else data.documents(args.data)
 
         # Base model.
@@ -447,7 +450,6 @@ class Run:
         self.model = gpt.to(self.device)
         self.encode(texts)
         if base["model"] is None:
-            self.adapt(copy.deepcopy(gpt))  # only to find bad settings before the long pretraining
             pretrain(gpt, self.tokenizer, args.base_steps, self.device)
 
         # Adapters.
@@ -468,7 +470,6 @@ class Run:
         if context > self.model.config.context:
             longest = self.model.config.context
             raise ValueError(f"--context {context}: at most {longest} for this base")
-        self.classes = []
         if args.task:
             self.examples, self.classes = data.task_examples(
                 args.task, texts, self.tokenizer, context
