@@ -1208,7 +1208,7 @@ def cold(home, monkeypatch):
         ("--base cut.pt", "cut.pt: damaged, or not written by train.py"),
         ("--base other.pt", "other.pt: damaged, or not written by train.py"),
         ("--base code.pt", "code.pt: damaged, or not written by train.py"),
-        ("--base words.pt", "--base words.pt: its parts do not fit"),
+        ("--base words.pt", "--base words.pt: its tokenizer or its sizes are damaged"),
         ("--base narrow.pt", r"--base narrow.pt: .*wpe.weight.*\[8, 16\].*\[16, 16\]"),
         ("--resume nowhere", "nowhere/checkpoint.pt: there is no such file"),
         # What can't be written.
@@ -1299,10 +1299,12 @@ def test_pretraining_tells_how_far_it_is_and_happens_once(cold, monkeypatch, cap
     assert_same_bits("runs/triadapt-linear", "again")
 
 
-def test_processes_on_different_accelerators_share_one_base(cold):
+def test_processes_share_one_base_and_what_it_is_made_from_names_it(cold, monkeypatch):
     paths = [train.pretrained_path(5, torch.device(d)) for d in ("cuda:0", "cuda:1", "cpu")]
     assert paths[0] == paths[1] != paths[2]
     assert train.pretrained_path(6, torch.device("cpu")) != paths[2]
+    monkeypatch.setattr(train, "learning_rate", wrong_number)
+    assert train.pretrained_path(5, torch.device("cpu")) != paths[2]
 
 
 def wrong_number(*_):

@@ -376,23 +376,28 @@ def load_base(args: argparse.Namespace, device: torch.device) -> dict:
 
 def open_base(base: dict, name: str) -> tuple[Tokenizer, GPT]:
     """A base's tokenizer and its model; without weights, the start of its pretraining."""
-    torch.manual_seed(0)
     try:
         tokenizer = Tokenizer.from_str(base["tokenizer"])
-        gpt = GPT(GPTConfig(**base["config"]))
-        if base["model"] is not None:
+        config = GPTConfig(**base["config"])
+    except Exception as error:  # the tokenizer's errors are of no narrower kind
+        raise ValueError(f"--base {name}: its tokenizer or its sizes are damaged") from error
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    if base["model"] is not None:
+        try:
             gpt.load_state_dict(base["model"])
-    except Exception as error:  # of many kinds, the tokenizer's are of no narrower one
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--base {name}: its parts do not fit ({reason:.300})") from error
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--base {name}: weights do not fit ({reason:.300})") from error
     return tokenizer, gpt
 
 
 def pretrained_path(steps: int, device: torch.device) -> Path:
     """Where our base is kept. The name changes with all that it is made from."""
-    sources = [inspect.getsource(model), inspect.getsource(pretrain), str(steps)]
+    code = [model, data, pretrain, train_step, predict, learning_rate, draw_batch]
+    facts = [*map(inspect.getsource, code), str(steps), device.type, torch.__version__]
     digest = hashlib.sha256()
-    for text in [*data.documents("code"), *sources, device.type, torch.__version__]:
+    for text in [*data.documents("code"), *facts]:
         digest.update(text.encode() + b"\0")
     return CACHE / f"base-{digest.hexdigest()[:16]}.pt"
 
