@@ -6,18 +6,23 @@ With no download, as every Python brings them:
     prose     the language reference behind help("assert"), to which it is adapted
     modules   docstrings to be told apart by package, a task
 
-A UTF-8 text, or a .tsv table with the columns label and sentence, serves too. The way of a text:
-documents, their tokens in three splits, windows or rows as examples, and a batch of examples.
+A UTF-8 text serves too, and as a task a table, a folder of GLUE, E2E's lines or SQuAD's JSON. The
+way of a text: documents, their tokens in three splits, windows as examples, a batch. The way of a
+task: rows of texts and an answer, the rows in three splits, one example each, a batch.
 """
 
 import ast
 import csv
+import io
 import itertools
+import json
+import math
 import random
 import re
 import sysconfig
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,12 +32,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 END_OF_TEXT = "<|endoftext|>"
-NO_TARGET = -100  # what cross_entropy leaves out
+NO_TARGET = -(2**24)  # no token, no class, and a score that nobody gives; float32 holds it
 
 # Document i belongs to SPLITS[i % 10].
 SPLITS = ("train",) * 8 + ("val", "test")
-# In each class, the source with the i-th most texts belongs to TASK_SPLITS[i % 5].
+# In each class, the source with the i-th most rows belongs to TASK_SPLITS[i % 5]; where a task has
+# a test set of its own, to VAL_SPLITS[i % 10].
 TASK_SPLITS = ("train", "val", "test", "train", "train")
+VAL_SPLITS = ("val",) + ("train",) * 9
 
 # Folders and files that no person wrote to be read: tests, generated tables, installed packages.
 NOT_CODE = re.compile(
@@ -80,28 +87,32 @@ def prose_documents(size: int = 20) -> list[str]:
 
 
 def file_documents(name: str) -> list[str]:
-    """A file in pieces of whole lines: about 40 or more, so that each split gets some."""
-    path = existing_file("data", name)
-    size = min(1 << 16, path.stat().st_size // 60 + 1)
+    """A file in 30 pieces or more, so that each split gets some; lines stay whole if short."""
+    text = read_text("data", Path(name))
+    size = min(1 << 16, len(text) // 60 + 1)
     pieces = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            while piece := file.read(size) + file.readline(size):
-                pieces.append(piece)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data {name}: not UTF-8 text ({error}); convert it with iconv") from error
-    if not pieces:
-        raise ValueError(f"data {name}: the file is empty; give one with text")
+    start = 0
+    while start < len(text):
+        end_of_line = text.find("\n", start + size, start + 2 * size)
+        end = start + 2 * size if end_of_line < 0 else end_of_line + 1
+        pieces.append(text[start:end])
+        start = end
     return pieces
 
 
-def existing_file(setting: str, name: str) -> Path:
-    path = Path(name)
+def read_text(setting: str, path: Path) -> str:
+    """A UTF-8 file, with or without a byte-order mark. The errors name the setting that asks."""
     if not path.exists():
-        raise FileNotFoundError(f"{setting} {name}: there is no such file; see --help for names")
+        raise FileNotFoundError(f"{setting} {path}: there is no such file; see --help for names")
     if not path.is_file():
-        raise ValueError(f"{setting} {name}: is not a file; give a file")
-    return path
+        raise ValueError(f"{setting} {path}: is not a file; give a file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # as it is: a cell's line ends are its own
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{setting} {path}: not UTF-8 text ({error}); convert it") from error
+    if not text.strip():
+        raise ValueError(f"{setting} {path}: the file is empty; give one with text")
+    return text
 
 
 # Tokens and windows.
@@ -113,7 +124,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(
         texts, vocab_size, special_tokens=[END_OF_TEXT], show_progress=False
     )
-    return Tokenizer.from_str(tokenizer.to_str())
+    return open_tokenizer(tokenizer.to_str())
+
+
+def open_tokenizer(json: str) -> Tokenizer:
+    """A tokenizer from its file, without what this may remember of a call: truncation, padding."""
+    tokenizer = Tokenizer.from_str(json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # an end token's letters in a text are only letters
+    return tokenizer
+
+
+def end_token(tokenizer: Tokenizer) -> int:
+    """The number of the token that ends a text. Raises ValueError if the tokenizer has none."""
+    names = [END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]"]
+    known = [
+        tokenizer.token_to_id(name) for name in names if tokenizer.token_to_id(name) is not None
+    ]
+    if not known:
+        raise ValueError(
+            f"base: its tokenizer has no token that ends a text, as {END_OF_TEXT} does"
+        )
+    return known[0]
 
 
 class Windows(Sequence):
@@ -147,8 +180,9 @@ def text_examples(
     Raises ValueError if a split is not longer than a context.
     """
     ids = {split: [] for split in SPLITS}
+    end = end_token(tokenizer)
     for i, text in enumerate(documents):
-        encoded = tokenizer.encode(text + END_OF_TEXT).ids
+        encoded = [*tokenizer.encode(text, add_special_tokens=False).ids, end]
         ids[SPLITS[i % len(SPLITS)]].append(torch.tensor(encoded, dtype=torch.int32))
 
     examples = {}
@@ -164,43 +198,60 @@ def text_examples(
     return examples
 
 
-# Tasks: rows are {text: (label, source)}; texts of one source never come into two splits.
-
-Rows = dict[str, tuple[str, str]]
+# Tasks: rows of texts and an answer.
 
 
-def task_rows(name: str) -> Rows:
-    """The rows of `modules`, or of a table. Raises an error if the table can't be used."""
-    return module_rows() if name == "modules" else table_rows(name)
+@dataclass
+class Row:
+    texts: tuple[str, ...]
+    answer: str | float  # the name of a class, a score, or a text to be written
+    source: object  # rows of one source never come into two splits
+    place: str = field(default="", repr=False)  # file and line, for messages
+    is_test: bool = False  # in a task's own test set
+    answer_start: int | None = None  # the letter of texts[0] where the answer begins, if it does
 
 
-def table_rows(name: str) -> Rows:
-    """The rows of a .tsv file with a header as GLUE's; each is its own source."""
-    path = existing_file("task", name)
-    rows = {}
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = table.fieldnames or []
-            texts = sorted({"sentence", "sentence1", "text", "sentence2"} & set(header))
-            if not texts or "label" not in header:
-                raise ValueError(
-                    f"task {name}: its first line must name the columns label and sentence "
-                    f"(or text, or sentence1 and sentence2), with tabs between them"
-                )
-            for row in table:
-                if None in row.values():
-                    raise ValueError(f"task {name}: line {table.line_num} has too few columns")
-                text = END_OF_TEXT.join(row[column] for column in texts)
-                rows[text] = (row["label"].strip(), text)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"task {name}: not a table in UTF-8 with tabs ({error})") from error
-    return rows
+@dataclass
+class Task:
+    name: str
+    kind: str  # of the answers: "class", "score" or "text"
+    reads: str  # which columns, in words
+    rows: list[Row]
+    classes: list[str] = field(default_factory=list)
 
 
-def module_rows() -> Rows:
+def load_task(name: str) -> Task:
+    """`modules`, a GLUE folder, SQuAD's .json, E2E's .txt, or else a table with tabs.
+
+    Raises OSError or ValueError, with the line where it can, for what can't be used.
+    """
+    path = Path(name)
+    if name == "modules":
+        task = Task(name, "class", "docstring -> package", module_rows())
+    elif path.is_dir():
+        task = glue_task(path)
+    elif path.suffix == ".json":
+        task = Task(name, "text", "context, question -> answer", squad_rows(path))
+    elif path.suffix == ".txt":
+        task = Task(name, "text", "meaning -> text", e2e_rows(path))
+    else:
+        task = table_task(path)
+
+    if task.kind == "class":
+        counts = Counter(row.answer for row in task.rows)
+        task.classes = sorted(counts)
+        rarest = min(task.rows, key=lambda row: counts[row.answer])
+        if len(counts) < 2 or counts[rarest.answer] < 3:
+            raise ValueError(
+                f"task {name}: {len(counts)} classes, and only {counts[rarest.answer]} rows of "
+                f"{rarest.answer!r} ({rarest.place}); give 2 classes or more, of 3 rows or more"
+            )
+    return task
+
+
+def module_rows() -> list[Row]:
     """The docstrings of the 8 packages in the standard library that hold the most of them."""
-    rows = {}
+    rows = {}  # by docstring: each once
     for path, text in code_files():
         if len(path.parts) == 1:
             continue  # not in a package
@@ -208,44 +259,260 @@ def module_rows() -> Rows:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 docstring = ast.get_docstring(node)
                 if docstring:
-                    rows[docstring] = (path.parts[0], str(path))
-    counts = Counter(package for package, _ in rows.values())
+                    rows[docstring] = Row((docstring,), path.parts[0], source=str(path))
+    counts = Counter(row.answer for row in rows.values())
     largest = {package for package, _ in counts.most_common(8)}
-    return {text: row for text, row in rows.items() if row[0] in largest}
+    return [row for row in rows.values() if row.answer in largest]
+
+
+def squad_rows(path: Path) -> list[Row]:
+    """SQuAD 1.1 and 2.0: passage and question, and the first of the answers."""
+    rows = []
+    try:
+        for article in json.loads(read_text("task", path))["data"]:
+            for paragraph in article["paragraphs"]:
+                passage = paragraph["context"]
+                for question in paragraph["qas"]:
+                    row = Row((passage, question["question"]), "unanswerable", source=passage)
+                    if question["answers"]:
+                        row.answer = question["answers"][0]["text"]
+                        row.answer_start = question["answers"][0]["answer_start"]
+                    rows.append(row)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"task {path}: not SQuAD's JSON, or cut short ({error!r})") from error
+    return rows
+
+
+def e2e_rows(path: Path) -> list[Row]:
+    """Lines meaning||text. A meaning has several texts."""
+    rows = []
+    for number, line in enumerate(read_text("task", path).split("\n"), start=1):
+        meaning, _, text = (part.strip() for part in line.partition("||"))
+        if line.strip() == "":
+            continue
+        if meaning == "" or text == "":
+            raise ValueError(f"task {path}: line {number} is not meaning||text; mend or delete it")
+        rows.append(Row((meaning,), text, source=meaning))
+    return rows
+
+
+# Tables. Case, and spaces around them, do not count in the names of columns.
+TEXT_COLUMNS = re.compile(
+    r"(sentence|question|text)[12]?|premise|hypothesis|text_pair|prompt|#[12] string"
+)
+ANSWER_COLUMNS = ["label", "gold_label", "quality", "is_duplicate", "score", "answer"]
+COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its files have no header
+
+
+def glue_task(folder: Path) -> Task:
+    """A folder as GLUE is downloaded. dev.tsv is the test set, as test.tsv has no labels."""
+    dev = folder / "dev.tsv"
+    if (folder / "dev_matched.tsv").exists():
+        dev = folder / "dev_matched.tsv"  # MNLI has two
+    task = table_task(folder / "train.tsv", dev)
+    trained_on = {row.answer for row in task.rows if not row.is_test}
+    for row in task.rows:
+        if task.kind == "class" and row.answer not in trained_on:
+            raise ValueError(f"task {row.place}: label {row.answer} is not in train.tsv")
+    return task
+
+
+def table_task(path: Path, test_path: Path | None = None) -> Task:
+    """A table, and perhaps a second one that is the test set."""
+    reads, answer, rows = table_rows(path)
+    name = str(path)
+    if test_path is not None:
+        name = str(path.parent)
+        _, _, test_rows = table_rows(test_path)
+        for row in test_rows:
+            row.is_test = True
+        rows += test_rows
+
+    # What the answers are: texts, scores or classes. In a column with gaps pandas writes 1.0 for 1.
+    numbers = [to_number(row.answer) for row in rows]
+    all_numbers = None not in numbers
+    task = Task(name, "class", reads, rows)
+    if answer == "answer":
+        task.kind = "text"
+    elif answer == "score" or (all_numbers and not all(n.is_integer() for n in numbers)):
+        task.kind = "score"
+    for row, number in zip(rows, numbers, strict=True):
+        missing = row.answer == "" or (task.kind == "class" and row.answer in ("-", "-1", "-1.0"))
+        if task.kind == "score":
+            missing = number is None or not math.isfinite(number)
+        if missing:
+            raise ValueError(f"task {row.place} has no {answer}; delete it")
+        if task.kind == "score":
+            row.answer = number
+        elif task.kind == "class" and all_numbers:
+            row.answer = str(round(number))
+    return task
+
+
+def to_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def table_rows(path: Path) -> tuple[str, str, list[Row]]:
+    """(which columns are read, in words; the name of the answers' column; the rows)."""
+    lines = table_lines(path)
+    columns = [cell.strip().lower() for cell in lines[0][1]]
+    if len(columns) == 4 and columns[1] in ("0", "1"):
+        columns = COLA_COLUMNS
+    else:
+        lines = lines[1:]
+    texts = [i for i, column in enumerate(columns) if TEXT_COLUMNS.fullmatch(column)]
+    answers = [i for i, column in enumerate(columns) if column in ANSWER_COLUMNS]
+    if not texts or len(answers) != 1:
+        raise ValueError(
+            f"task {path}: its first line must name text columns (sentence, question, text, "
+            f"premise, hypothesis, prompt, ...) and one of {', '.join(ANSWER_COLUMNS)}, with tabs "
+            f"between; it has: {', '.join(columns):.200}"
+        )
+
+    rows = []
+    for number, cells in lines:
+        place = f"{path}: line {number}"
+        if len(cells) != len(columns):
+            counts = f"{len(cells)} cells, and the header {len(columns)}"
+            raise ValueError(f"task {place} has {counts}; mend or delete it")
+        read = tuple(cells[i] for i in texts)
+        rows.append(Row(read, cells[answers[0]].strip(), source=read, place=place))
+
+    answer = columns[answers[0]]
+    left_out = [column for i, column in enumerate(columns) if i not in texts + answers]
+    reads = f"{', '.join(columns[i] for i in texts)} -> {answer}"
+    return reads + (f" (left out: {', '.join(left_out)})" if left_out else ""), answer, rows
+
+
+def table_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of each row that is not blank, the header included.
+
+    As pandas and Excel write tables, a cell in quotes may hold tabs, line ends and doubled quotes;
+    in GLUE's a quote is a letter. A table is of the first kind if all of it can be read so.
+    """
+    text = read_text("task", path)
+    plain = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            plain.append((number, line.removesuffix("\r").split("\t")))
+    quotes = re.findall(r'(?:^|\t)"', text, re.MULTILINE)
+    if not quotes:
+        return plain
+
+    quoted = []
+    begins = 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                quoted.append((begins, cells))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        if "unexpected end" in str(error) and len(quotes) > 1:  # the others were closed
+            raise ValueError(
+                f"task {path}: line {begins} opens a quote that never closes"
+            ) from error
+        return plain
+    # Rows of several lines are rows only if the lines alone are none.
+    whole = all(len(cells) == len(plain[0][1]) for _, cells in plain)
+    return plain if whole and len(plain) != len(quoted) else quoted
+
+
+# Tasks as examples.
 
 
 def task_examples(
-    name: str, rows: Rows, tokenizer: Tokenizer, context: int
-) -> tuple[dict[str, list[Example]], list[str]]:
-    """({split: examples}, classes).
+    task: Task, tokenizer: Tokenizer, context: int
+) -> tuple[dict[str, list[Example]], str]:
+    """({split: examples}, what was read, in words).
 
-    A text is cut to the context and closed by an end token, where the model has read all of it:
-    there the target is the number of its class, elsewhere NO_TARGET. Raises ValueError for too few
-    texts or classes.
+    The texts of a row stand one after the other, an end token after each. At the last of these the
+    model has read all of them: there the target is the number of the class, or the score, or the
+    answer begins, whose own targets go on to its end token. Elsewhere the target is NO_TARGET.
+    Raises ValueError for too few rows.
     """
-    classes = sorted({label for label, _ in rows.values()})
-    splits = {label: itertools.cycle(TASK_SPLITS) for label in classes}
-    split_of = {}
-    for source, _ in Counter(rows.values()).most_common():
-        split_of[source] = next(splits[source[0]])
-
+    end = end_token(tokenizer)
     examples = {split: [] for split in TASK_SPLITS}
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    for text, row in rows.items():
-        ids = tokenizer.encode(text).ids[: context - 1]
-        inputs = torch.tensor([*ids, end])
-        targets = torch.full_like(inputs, NO_TARGET)
-        targets[-1] = classes.index(row[0])
-        examples[split_of[row]].append((inputs, targets))
+    too_long = 0
+    for split, row in split_rows(task):
+        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in row.texts]
+        parts = [encoding.ids for encoding in encoded]
+        if task.kind == "class":
+            answer = [task.classes.index(row.answer)]
+        elif task.kind == "score":
+            answer = [row.answer]
+        else:
+            answer = [*tokenizer.encode(row.answer, add_special_tokens=False).ids, end]
+
+        # A long answer gets half of the context, or more where the texts leave more.
+        size = sum(len(part) + 1 for part in parts)
+        too_long += size + len(answer) - 1 > context
+        answer = answer[: max(context // 2, context - size + 1)]
+        room = context - len(answer) + 1 - len(parts)
+        if row.answer_start is not None and split == "train":
+            begin = encoded[0].char_to_token(row.answer_start) or 0
+            parts[0] = window(parts[0], begin, room - sum(map(len, parts[1:])))
+        prompt = [number for part in cut(parts, room) for number in (*part, end)]
+
+        inputs = torch.tensor(prompt + answer[:-1], dtype=torch.long)
+        targets = torch.tensor([NO_TARGET] * (len(prompt) - 1) + answer)
+        examples[split].append((inputs, targets))
     for split in examples.values():
         random.Random(0).shuffle(split)
+    if not all(examples.values()):
+        raise ValueError(f"task {task.name}: {len(task.rows)} rows are too few; give 3 or more")
+    return examples, in_words(task, examples, too_long, context)
 
-    if len(classes) < 2 or not all(examples.values()):
-        raise ValueError(
-            f"task {name}: {len(rows)} different texts of {len(classes)} classes are too few; "
-            "give 2 classes or more, of 3 texts or more"
+
+def split_rows(task: Task) -> list[tuple[str, Row]]:
+    """(split, row) of each row: the sources of each class are dealt out, the large ones first."""
+    sources = defaultdict(list)
+    for row in task.rows:
+        sources[row.is_test, row.source].append(row)
+    has_test = any(row.is_test for row in task.rows)
+    splits = defaultdict(lambda: itertools.cycle(VAL_SPLITS if has_test else TASK_SPLITS))
+    split_of = {}
+    for key, rows in sorted(sources.items(), key=lambda item: -len(item[1])):
+        kind = rows[0].answer if task.kind == "class" else None
+        split_of[key] = "test" if rows[0].is_test else next(splits[kind])
+    return [(split_of[row.is_test, row.source], row) for row in task.rows]
+
+
+def window(passage: list[int], begin: int, room: int) -> list[int]:
+    """`room` tokens of a passage, with the one where the answer begins in the middle if can be."""
+    first = max(0, min(begin - room // 2, len(passage) - room))
+    return passage[first : first + max(room, 0)]
+
+
+def cut(parts: list[list[int]], room: int) -> list[list[int]]:
+    """The beginnings of texts, `room` tokens together: the longest loses its end first."""
+    lengths = [len(part) for part in parts]
+    while sum(lengths) > room:
+        lengths[lengths.index(max(lengths))] -= 1
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+
+
+def in_words(task: Task, examples: dict, too_long: int, context: int) -> str:
+    """What was read, for the console."""
+    answers = defaultdict(set)
+    for row in task.rows:
+        answers[row.texts].add(row.answer)
+    at_odds = sum(len(found) > 1 for found in answers.values())
+    lines = [f"task      {task.name}: {task.reads}"]
+    if task.kind == "class":
+        counts = Counter(row.answer for row in task.rows)
+        lines.append("classes   " + ", ".join(f"{name} {counts[name]}" for name in task.classes))
+    sizes = ", ".join(f"{split} {len(rows)}" for split, rows in examples.items())
+    lines.append(f"rows      {sizes}; {too_long} cut to {context} tokens")
+    if at_odds:
+        lines.append(
+            f"          {at_odds} texts stand there more than once, with different answers"
         )
-    return examples, classes
+    return "\n".join(lines)
 
 
 def batch(examples: Sequence[Example], numbers: Iterable[int]) -> Example:

@@ -125,6 +125,17 @@ def generate(
 
 GPT2_FILES = ["config.json", "tokenizer.json", "pytorch_model.bin"]
 
+# What GPT can't compute otherwise. A key that config.json lacks has the first of these values.
+GPT2_FIXED = {
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "tie_word_embeddings": [True],
+    "add_cross_attention": [False],
+}
+
 
 def load_gpt2(name: str) -> dict:
     """Published GPT-2 weights as {"config": sizes, "tokenizer": json, "model": state dict}.
@@ -138,9 +149,14 @@ def load_gpt2(name: str) -> dict:
     weights = folder / "model.safetensors"
     if not weights.exists():
         weights = folder / "pytorch_model.bin"
+    if not weights.exists() and [*folder.glob("*.index.json")]:
+        raise ValueError(f"base {name}: its weights are in several shards; save them as one file")
     for path in (folder / "config.json", folder / "tokenizer.json", weights):
         if not path.exists():
             raise FileNotFoundError(f"base {name}: {path.name} is missing in that folder")
+        with path.open("rb") as file:
+            if file.read(30).startswith(b"version https://git-lfs"):
+                raise ValueError(f"base {name}: {path.name} only points to it; run git lfs pull")
 
     try:
         sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -151,14 +167,20 @@ def load_gpt2(name: str) -> dict:
             heads=sizes["n_head"],
             width=sizes["n_embd"],
         )
+        fixed = GPT2_FIXED | {"n_inner": [None, 4 * config.width]}
+        unlike = {key for key in fixed if sizes.get(key, fixed[key][0]) not in fixed[key]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"base {name}: config.json does not give GPT-2's sizes ({error!r})"
         ) from error
+    for key in sorted(unlike):
+        raise ValueError(
+            f"base {name}: config.json has {key} {sizes[key]}, and only {fixed[key][0]} works here"
+        )
     return {
         "config": asdict(config),
         "tokenizer": (folder / "tokenizer.json").read_text(encoding="utf-8"),
-        "model": convert_gpt2(read_weights(weights)),
+        "model": convert_gpt2(name, read_weights(weights)),
     }
 
 
@@ -183,7 +205,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"base {path}: not weights that can be read ({reason})") from error
 
 
-def convert_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_gpt2(base: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published names and layout as ours. Their matrices are (in, out), Linear's (out, in)."""
     renamed = {
         "transformer.": "",  # some files hold a GPT2LMHeadModel, some the GPT2Model in it
@@ -199,11 +221,15 @@ def convert_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(theirs, ours)
         if name == "lm_head.weight" or tensor.dim() not in (1, 2):
             continue  # the tied head is the embedding; the causal masks are not trained
-        if not name.startswith("blocks"):
+        if name.startswith(("wte", "wpe", "ln.")):
             state[name] = tensor
+        elif not name.startswith("blocks"):
+            raise ValueError(f"base {base}: {name} is of another kind of model; give a plain GPT-2")
         elif "attn.c_attn" in name:  # q, k and v in one: (width, 3 width), or its bias
             for ours, part in zip("qkv", tensor.chunk(3, dim=-1), strict=True):
                 state[name.replace("attn.c_attn", ours)] = part.T if part.dim() == 2 else part
         else:
             state[name] = tensor.T if tensor.dim() == 2 else tensor
+    if not torch.equal(weights.get("lm_head.weight", state["wte.weight"]), state["wte.weight"]):
+        raise ValueError(f"base {base}: its lm_head is not the token embedding, as in GPT-2")
     return state

@@ -1,7 +1,7 @@
 """Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show who grows.
 
 python train.py --schedule linear                    # pretrains a base once, then adapts it
-python train.py --base gpt2 --task reviews.tsv       # published weights, texts to classify
+python train.py --base gpt2 --task glue/CoLA         # published weights, one of the paper's tasks
 python train.py --resume runs/triadapt-linear        # goes on after Ctrl-C, to the same bits
 torchrun --standalone --nproc_per_node=2 train.py    # processes share each batch
 """
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,7 +52,12 @@ from triadapt import (
 SETTINGS = {
     "data": [
         ("data", str, "prose", "text to continue: prose, code, or a UTF-8 file"),
-        ("task", str, None, "texts to classify instead: modules, or a .tsv with label, sentence"),
+        (
+            "task",
+            str,
+            None,
+            "a task instead: modules, a GLUE folder, a .tsv, E2E's .txt, SQuAD's .json",
+        ),
         ("context", int, None, "tokens of a window, or of a text [all that the base allows]"),
         ("batch_size", int, 8, "windows or texts a step, of all processes together"),
         ("accumulate", int, 1, "pieces that a process computes its batch in, to save memory"),
@@ -89,11 +96,10 @@ SETTINGS = {
         ("resume", str, None, "folder of a run to finish, with its own settings"),
         ("merge", str, None, ".pt file for the model with adapters merged, for --base"),
         ("generate", str, None, "text that the trained model goes on from"),
-        ("sample_seed", int, 0, "of this text's draws"),
     ],
 }
 DEFAULTS = {name: default for group in SETTINGS.values() for name, _, default, _ in group}
-AFTER_TRAINING = ("merge", "generate", "sample_seed")  # these can be given at --resume too
+AFTER_TRAINING = ("merge", "generate")  # these can be given at --resume too
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -162,7 +168,7 @@ def can_grow(method: str) -> bool:
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    lowest = {"seed": 0, "sample_seed": 0, "warmup": 0, "batch_size": args.accumulate * WORLD}
+    lowest = {"seed": 0, "warmup": 0, "batch_size": args.accumulate * WORLD}
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             low = lowest.get(name, 1 if isinstance(value, int) else 0)
@@ -189,11 +195,8 @@ def check_effects(args: argparse.Namespace, given: dict) -> None:
         idle["top_k"] = "only --schedule fixed uses it"
     if args.task is not None:
         idle["data"] = "--task is trained on instead"
-        idle["generate"] = "a model that tells classes apart writes no text"
     if args.base != "code":
         idle["base_steps"] = "only --base code is pretrained here"
-    if args.generate is None:
-        idle["sample_seed"] = "there is no --generate"
     for name in given:
         if name in idle:
             raise ValueError(f"{option(name)}: no effect, as {idle[name]}; leave it out")
@@ -219,8 +222,8 @@ def resumed_settings(given: dict) -> dict:
 # --------------------------------------------------------------- devices, processes and files
 
 CACHE = Path("cache")
-PROCESS = int(os.environ.get("RANK", 0))  # torchrun sets these two
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets this and RANK
+PROCESS = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -253,14 +256,16 @@ def save_file(path: Path, content: dict | str | bytes) -> None:
     The file has a temporary name until it is whole: after a failure the old one is still there.
     """
     if PROCESS == 0:
+        if isinstance(content, dict):
+            buffer = io.BytesIO()  # torch.save's own errors of a full disk are not OSErrors
+            torch.save(content, buffer)
+            content = buffer.getbuffer()
+        elif isinstance(content, str):
+            content = content.encode()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with temporary.open("wb") as file:
-                if isinstance(content, dict):
-                    torch.save(content, file)
-                else:
-                    file.write(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -277,6 +282,18 @@ def load_file(path: Path, *keys: str) -> dict:
         return {key: content[key] for key in keys}
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path}: damaged, or not written by train.py") from error
+
+
+def digest(parts: Iterable[str | Tensor]) -> str:
+    """A short name of a content: equal for equal texts and tensors."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if torch.is_tensor(part):
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        else:
+            part = part.encode("utf-8", "surrogatepass") + b"\0"
+        sha.update(part)
+    return sha.hexdigest()[:16]
 
 
 def check_writable(setting: str, folder: Path) -> None:
@@ -311,16 +328,20 @@ def draw_batch(examples, seed: int, step: int, size: int) -> tuple[Tensor, Tenso
 def predict(
     net: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch: its negative log likelihood in nats, summed over the targets; the logits
-    (batch x time, outputs); the targets (batch x time,)."""
+    """Of a batch: the sum of its losses, which are negative log likelihoods in nats, or squared
+    errors if there is one output, a score; the logits (batch x time, outputs); the targets (batch x
+    time,)."""
     inputs = inputs.to(device)
     targets = targets.to(device).flatten()
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         logits = net(inputs).flatten(0, 1)
-    loss = nn.functional.cross_entropy(
-        logits.float(), targets, ignore_index=NO_TARGET, reduction="sum"
-    )
+    logits = logits.float()
+    if logits.shape[-1] == 1:
+        known = targets != NO_TARGET
+        loss = (logits[known, 0] - targets[known]).square().sum()
+    else:
+        loss = nn.functional.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum")
     return loss, logits, targets
 
 
@@ -357,6 +378,57 @@ def train_step(
     return loss.item()
 
 
+# ------------------------------------------------------------------------------------- scores
+
+# In a log, and in words.
+SCORES = {
+    "accuracy": "accuracy",
+    "f1": "macro F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "exact_match": "exact match",
+}
+
+
+def scores(outputs: int, said: Tensor, true: Tensor) -> dict[str, float]:
+    """What a task reports, from what was said of each example and what is true: (examples,) each.
+
+    Without outputs of a head texts are written, and `said` is 1 where all of one is right. One
+    output says a score. Else `said` is a class, and F1 the mean over those that occur or are said.
+    """
+    if outputs == 0:
+        return {"exact_match": said.mean().item()}
+    if outputs == 1:
+        return {
+            "pearson": correlation(said, true),
+            "spearman": correlation(places(said), places(true)),
+        }
+    f1 = []
+    for c in torch.cat((said, true)).unique():
+        hits = ((said == c) & (true == c)).sum()
+        f1.append(2 * hits / ((said == c).sum() + (true == c).sum()))
+    result = {"accuracy": (said == true).float().mean().item(), "f1": torch.stack(f1).mean().item()}
+    if outputs == 2:
+        result["matthews"] = correlation(said, true)
+    return result
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, which of two classes 0 and 1 is Matthews'; 0 where a or b is constant."""
+    a = a.double() - a.double().mean()
+    b = b.double() - b.double().mean()
+    norm = a.norm() * b.norm()
+    return (a @ b / norm).item() if norm > 0 else 0.0
+
+
+def places(values: Tensor) -> Tensor:
+    """The place of each value in their order; equal ones share the mean of their places."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2)[which]
+
+
 # --------------------------------------------------------------------------------- base model
 
 
@@ -377,10 +449,13 @@ def load_base(args: argparse.Namespace, device: torch.device) -> dict:
 def open_base(base: dict, name: str) -> tuple[Tokenizer, GPT]:
     """A base's tokenizer and its model; without weights, the start of its pretraining."""
     try:
-        tokenizer = Tokenizer.from_str(base["tokenizer"])
+        tokenizer = data.open_tokenizer(base["tokenizer"])
         config = GPTConfig(**base["config"])
     except Exception as error:  # the tokenizer's errors are of no narrower kind
         raise ValueError(f"--base {name}: its tokenizer or its sizes are damaged") from error
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        sizes = f"{tokenizer.get_vocab_size()} tokens and its model {config.vocab_size}"
+        raise ValueError(f"--base {name}: its tokenizer has {sizes}; they are not of one model")
     torch.manual_seed(0)
     gpt = GPT(config)
     if base["model"] is not None:
@@ -396,10 +471,7 @@ def pretrained_path(steps: int, device: torch.device) -> Path:
     """Where our base is kept. The name changes with all that it is made from."""
     code = [model, data, pretrain, train_step, predict, learning_rate, draw_batch]
     facts = [*map(inspect.getsource, code), str(steps), device.type, torch.__version__]
-    digest = hashlib.sha256()
-    for text in [*data.documents("code"), *facts]:
-        digest.update(text.encode() + b"\0")
-    return CACHE / f"base-{digest.hexdigest()[:16]}.pt"
+    return CACHE / f"base-{digest([*data.documents('code'), *facts])}.pt"
 
 
 def pretrain(gpt: GPT, tokenizer: Tokenizer, steps: int, device: torch.device) -> None:
@@ -444,10 +516,16 @@ class Run:
 
         # A mistake is told at once: settings are tried on a model of our base's sizes, and data is
         # read, before anything that takes long.
-        self.classes = []
+        self.task = None
         if args.base == "code":
             self.adapt(GPT(GPTConfig()))
-        texts = data.task_rows(args.task) if args.task else data.documents(args.data)
+        if args.task:
+            self.task = data.load_task(args.task)
+            if self.task.kind != "text" and args.generate is not None:
+                raise ValueError(
+                    f"generate: --task {args.task} does not train to write; leave it out"
+                )
+        texts = [] if self.task else data.documents(args.data)
 
         # Base model.
         base = load_base(args, self.device)
@@ -456,6 +534,14 @@ class Run:
         self.encode(texts)
         if base["model"] is None:
             pretrain(gpt, self.tokenizer, args.base_steps, self.device)
+
+        # What a resumed run must find unchanged.
+        read = [repr(row) for row in self.task.rows] if self.task else texts
+        self.content = {
+            f"weights of {args.base}": digest(gpt.state_dict().values()),
+            f"tokenizer of {args.base}": digest([self.tokenizer.to_str()]),
+            f"content of {args.task or args.data}": digest(read),
+        }
 
         # Adapters.
         self.adapt(self.model)
@@ -468,19 +554,25 @@ class Run:
         if args.resume:
             self.load()
 
-    def encode(self, texts) -> None:
-        """Make {split: examples}, and the classes of a task."""
+    def encode(self, texts: list[str]) -> None:
+        """Make {split: examples} of the task, or else of texts."""
         args = self.args
         context = args.context or self.model.config.context
         if context > self.model.config.context:
             longest = self.model.config.context
             raise ValueError(f"--context {context}: at most {longest} for this base")
-        if args.task:
-            self.examples, self.classes = data.task_examples(
-                args.task, texts, self.tokenizer, context
-            )
+        if self.task:
+            self.examples, read = data.task_examples(self.task, self.tokenizer, context)
+            say(read)
         else:
             self.examples = data.text_examples(args.data, texts, self.tokenizer, context)
+
+    @property
+    def outputs(self) -> int:
+        """Of the head that a task needs: its classes, or one for a score; 0 to write text."""
+        if self.task is None:
+            return 0
+        return {"class": len(self.task.classes), "score": 1, "text": 0}[self.task.kind]
 
     def adapt(self, gpt: GPT) -> None:
         """Make adapters, optimiser and allocator for a model; the seed makes what is random."""
@@ -491,7 +583,7 @@ class Run:
             self.adapters = add_adapters(
                 gpt, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout
             )
-        gpt.classify(len(self.classes))
+        gpt.classify(self.outputs)
 
         trained = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
         core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
@@ -581,40 +673,56 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """{split}_loss in nats per target, of 512 examples at most; for a task also
-        {split}_accuracy and {split}_f1, the mean over the classes."""
+        """{split}_loss per target, and the scores of a task: of all test examples, of 512 others
+        at most."""
         self.model.eval()
-        n = len(self.classes)
+        examples = self.examples[split]
+        size = len(examples) if split == "test" else min(len(examples), 512)
         loss = torch.zeros((), device=self.device)
         count = torch.zeros((), device=self.device)
-        confusion = torch.zeros(n, n, device=self.device)  # (true, predicted)
-        numbers = torch.arange(len(self.examples[split]))[:512].split(self.args.batch_size)
-        for part in numbers[PROCESS::WORLD]:
-            inputs, targets = batch(self.examples[split], part)
+        said = torch.zeros(size, device=self.device)
+        true = torch.zeros(size, device=self.device)
+        for part in torch.arange(size).split(self.args.batch_size)[PROCESS::WORLD]:
+            inputs, targets = batch(examples, part)
             part_loss, logits, targets = predict(self.model, inputs, targets, self.device)
             known = targets != NO_TARGET
             loss += part_loss
             count += known.sum()
-            if n > 0:
-                pairs = targets[known] * n + logits[known].argmax(-1)
-                confusion += pairs.bincount(minlength=n * n).view(n, n)
-        sum_processes([loss, count, confusion])
+            answers = logits[:, 0] if self.outputs == 1 else logits.argmax(-1)
+            if self.outputs > 0:
+                said[part] = answers[known].float()
+                true[part] = targets[known].float()
+            else:  # a text is right if each of its tokens is
+                said[part] = ((answers == targets) | ~known).view(inputs.shape).all(1).float()
+        sum_processes([loss, count, said, true])
 
-        result = {f"{split}_loss": (loss / count).item()}
-        if n > 0:
-            hits = confusion.diag()
-            f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
-            result[f"{split}_accuracy"] = (hits.sum() / count).item()
-            result[f"{split}_f1"] = f1.mean().item()
-        return result
+        result = {"loss": (loss / count).item()}
+        if self.task:
+            result |= scores(self.outputs, said.cpu(), true.cpu())
+        return {f"{split}_{name}": value for name, value in result.items()}
 
     def test(self) -> dict:
-        """The test results; of a language model also how it goes on from the test text's start."""
+        """The test results; of a model that writes also how it goes on from test texts."""
         result = self.evaluate("test")
-        if not self.classes:
+        if self.task is None:
             start = self.examples["test"][0][0][:16].tolist()
             result["sample"] = self.tokenizer.decode(model.generate(self.model, start))
+        elif self.task.kind == "text":
+            result["sample"] = "\n\n".join(map(self.answer, self.examples["test"][:3]))
         return result
+
+    def answer(self, example: data.Example) -> str:
+        """A prompt, its answer, and what the model writes: always the likeliest token."""
+        inputs, targets = example
+        known = targets != NO_TARGET
+        prompt = inputs[: known.int().argmax() + 1].tolist()
+        length = self.model.config.context - len(prompt)
+        written = model.generate(self.model, prompt, length, top_k=1)[len(prompt) :]
+        end = data.end_token(self.tokenizer)
+        if end in written:
+            written = written[: written.index(end)]
+        texts = [self.tokenizer.decode(ids) for ids in (prompt, targets[known].tolist(), written)]
+        return "prompt     {}\nanswer     {}\ngenerated  {}".format(*texts)
 
     # Checkpoints.
 
@@ -623,6 +731,7 @@ class Run:
         trained = adapter_state_dict(self.model)
         checkpoint = {
             "settings": vars(self.args),
+            "content": self.content,
             "trained": trained,
             "optimizer": self.optimizer.state_dict(),
             "growth": self.allocator.state_dict() if self.allocator else {},
@@ -637,7 +746,13 @@ class Run:
     def load(self) -> None:
         """Go on where the run was: adapters grow to their ranks, then get weights and moments."""
         path = self.out / "checkpoint.pt"
-        saved = load_file(path, "trained", "optimizer", "growth", "progress")
+        saved = load_file(path, "content", "trained", "optimizer", "growth", "progress")
+        for what, name in self.content.items():
+            if saved["content"].get(what) != name:
+                raise ValueError(
+                    f"--resume {self.out}: the {what} changed since then; bring the old back, or "
+                    "start anew"
+                )
         try:
             load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -673,7 +788,6 @@ class Run:
         facts = {
             "device": str(self.device),
             "settings": vars(self.args),
-            "classes": self.classes,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
         if self.allocator is not None:
@@ -751,18 +865,24 @@ def start_in_words(entry: dict) -> str:
                 f"warning   {entry['budget'] - total} ranks of the budget can't be spent; lower "
                 "--interval or --warmup, or raise --rank-step or --top-k"
             )
-    if entry["classes"]:
-        lines.append(f"classes   {' '.join(entry['classes'])}")
     lines.append(f"base      {results_in_words(entry, 'test')}")
     return "\n".join(lines)
 
 
 def results_in_words(entry: dict, split: str) -> str:
     loss = entry[f"{split}_loss"]
+    found = [
+        f"{words} {entry[f'{split}_{name}']:.3f}"
+        for name, words in SCORES.items()
+        if f"{split}_{name}" in entry
+    ]
+    if f"{split}_pearson" in entry:
+        return ", ".join([f"{split} squared error {loss:.4f}", *found])
     if f"{split}_accuracy" in entry:
-        accuracy = f"accuracy {entry[f'{split}_accuracy']:.1%}"
-        return f"{split} loss {loss:.4f} nats, {accuracy}, macro F1 {entry[f'{split}_f1']:.3f}"
-    return f"{split} loss {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}"
+        return ", ".join([f"{split} loss {loss:.4f} nats", *found])
+    return ", ".join(
+        [f"{split} loss {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}", *found]
+    )
 
 
 # --------------------------------------------------------------------------- the command line
@@ -770,6 +890,7 @@ def results_in_words(entry: dict, split: str) -> str:
 
 def main(argv: list[str] | None = None) -> Run:
     """A whole run, also of a fork. What is wrong with the input ends in one line and code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a letter that the console can't show is no error
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()
     try:
@@ -788,8 +909,10 @@ def finish(run: Run) -> None:
     """What is asked for after training."""
     args = run.args
     if args.generate is not None:
-        ids = run.tokenizer.encode(args.generate or data.END_OF_TEXT).ids
-        ids = model.generate(run.model.eval(), ids, seed=args.sample_seed)
+        ids = run.tokenizer.encode(args.generate, add_special_tokens=False).ids
+        if run.task or not ids:  # an answer, and any text, begins after an end token
+            ids.append(data.end_token(run.tokenizer))
+        ids = model.generate(run.model.eval(), ids)
         say(run.tokenizer.decode(ids))
     if args.merge is not None:
         save_model(Path(args.merge), merge_adapters(run.model), run.tokenizer)
