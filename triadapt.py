@@ -24,18 +24,23 @@ In this file, in the order of the paper:
     TriAdaptLinear    the triangular split and the importance F
     RankAllocator     scores, dynamic threshold, budget: which matrices grow, and when
     add_adapters, merge_adapters, adapter_state_dict, load_adapter_state_dict: on whole models
+    export_lora       as the LoRA that other tools read
 """
 
 import copy
+import json
 import math
+import os
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), the baseline of the paper.
+    """A frozen linear layer plus s B A x: LoRA (Hu et al. 2021), the baseline of the paper.
 
     The adapter is kept in float32, whatever the precision of the frozen weight. A subclass names
     its tensors in GROWS_ALONG, starts them in `new_entries` and uses them in `factors`.
@@ -45,9 +50,10 @@ class LoRALinear(nn.Module):
     # one has `rank` entries along its axis, which is how a saved adapter tells its rank.
     GROWS_ALONG = {"lora_B": 1, "lora_A": 0}
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.out_features, self.in_features = linear_shape(base)
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
         self.rank = 0  # what the first ranks are appended to
@@ -57,7 +63,7 @@ class LoRALinear(nn.Module):
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         """What n more ranks append to each tensor: at rank 0 the start, later the growth."""
-        d_out, d_in = self.base.weight.shape
+        d_out, d_in = self.out_features, self.in_features
         return {
             "lora_B": torch.zeros(d_out, n),
             "lora_A": torch.empty(n, d_in).uniform_(-1, 1) / d_in**0.5,
@@ -73,8 +79,10 @@ class LoRALinear(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
         y = self.base(tokens)  # (tokens, d_out)
         Ax = self.dropout(tokens) @ A.T.to(x.dtype)  # (tokens, r)
-        # In place: one more tensor of y's size would cost more than the low-rank product itself.
-        y.addmm_(Ax.to(y.dtype), B_core.T.to(y.dtype), alpha=self.scale)
+        # In place where y is ours alone, as nn.Linear's is: one more tensor of its size would cost
+        # more than the low-rank product itself.
+        add = y.addmm_ if is_plain(self.base) else y.addmm
+        y = add(Ax.to(y.dtype), B_core.T.to(y.dtype), alpha=self.scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
@@ -84,7 +92,7 @@ class LoRALinear(nn.Module):
         An optimizer that trains this adapter must be given: it goes on with the new Parameters.
         """
         if optimizer is not None:
-            check_state_can_grow(optimizer)
+            check_optimizer(optimizer, {"the adapter": self})
         for name, entries in self.new_entries(n).items():
             axis = self.GROWS_ALONG[name]
             old = getattr(self, name)
@@ -102,18 +110,25 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + delta_weight(), dense and without dropout, for code that reads a Linear's weight and
-        does not call it, as torch's attention."""
-        return (self.base.weight.float() + self.delta_weight()).to(self.base.weight.dtype)
+        """W + delta_weight(), without dropout and of W's shape and type, for code that reads a
+        layer's weight and does not call it, as torch's attention."""
+        weight = self.base.weight.detach().as_subclass(AdaptedWeight)
+        weight.adapter = self
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the frozen Linear, for the same code."""
+        """The bias of the frozen layer, for the same code."""
         return self.base.bias
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """A plain nn.Linear that computes the same. W's own tensor stays: it may be shared."""
+    def merge(self) -> nn.Module:
+        """A plain layer that computes the same. W's own tensor stays: it may be shared.
+
+        Raises ValueError if the frozen layer computes more than W x + b.
+        """
+        if not is_plain(self.base) and not is_transposed(self.base):
+            return measured_linear(self)
         merged = copy.deepcopy(self.base)
         merged.weight.copy_(self.weight)
         return merged
@@ -193,14 +208,22 @@ def carry_state(
     optimizer.state[new] = state
 
 
-def check_state_can_grow(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError for an optimiser whose state is not one number per entry, or per tensor."""
+def check_optimizer(optimizer: torch.optim.Optimizer, adapters: dict[str, LoRALinear]) -> None:
+    """Raises ValueError for one that lacks a tensor of an adapter, or has a state that is not one
+    number per entry, or per tensor."""
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, adapter in adapters.items():
+        if not all(getattr(adapter, tensor) in trained for tensor in adapter.GROWS_ALONG):
+            raise ValueError(
+                f"optimizer: it lacks tensors of {name}; make it after the adapters, and pass it "
+                "to load_adapter_state_dict"
+            )
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if torch.is_tensor(value) and value.dim() > 0 and value.shape != p.shape:
                 raise ValueError(
-                    f"optimizer {type(optimizer).__name__}: its state {key} is not per entry, so "
-                    "it can't grow with the adapters; use AdamW, Adam or SGD"
+                    f"optimizer {type(optimizer).__name__}: its state {key} is not one number per "
+                    "entry; load it after the adapters, or use AdamW, Adam or SGD"
                 )
 
 
@@ -265,13 +288,14 @@ class RankAllocator:
         self.top_k = top_k
         self.count_numbers = count_numbers
         if count_numbers:
-            linears = [adapter.base for adapter in adapters.values()]
-            self.budget = target_rank * sum(x.in_features + x.out_features for x in linears)
+            sizes = [a.in_features + a.out_features for a in adapters.values()]
+            self.budget = target_rank * sum(sizes)
         else:
             self.budget = target_rank * len(adapters)
         self.prices: dict[tuple, int] = {}  # of numbers, for `price`
         self.check_settings()
 
+        self.known_rank = self.total_rank
         self.baseline = self.importances()
         # Of the last allocation, for the log: the scores of all that could grow, the threshold.
         self.last_scores: dict[str, float] = {}
@@ -298,10 +322,7 @@ class RankAllocator:
                 f"rank_step {self.rank_step}: {steps // self.interval} allocations can't add the "
                 f"{self.ranks_left()} ranks of the budget; raise it, or lower interval or warmup"
             )
-        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
-        for name, adapter in self.adapters.items():
-            if not all(getattr(adapter, tensor) in trained for tensor in adapter.GROWS_ALONG):
-                raise ValueError(f"optimizer: it lacks tensors of {name}; make it after adapters")
+        check_optimizer(self.optimizer, self.adapters)
 
     def step(self, t: int) -> list[str]:
         """Call after optimiser step t = 1, 2, ..., total_steps. Returns the names of who grew.
@@ -310,6 +331,12 @@ class RankAllocator:
         before (for gradient clipping, an EMA, DistributedDataParallel) are stale after it: take
         the parameters anew, from the model or from optimizer.param_groups.
         """
+        check_optimizer(self.optimizer, self.adapters)
+        if self.total_rank != self.known_rank:
+            raise ValueError(
+                f"total rank {self.total_rank}: it was {self.known_rank} when the allocator last "
+                "looked; load the allocator's state_dict after the adapters"
+            )
         if t == self.warmup:
             self.baseline = self.importances()  # what moved before does not count
         k = self.count(t, self.ranks_left())
@@ -336,6 +363,7 @@ class RankAllocator:
             if n > 0:  # always, if the budget counts ranks
                 self.adapters[name].grow(n, self.optimizer)
                 grown.append(name)
+        self.known_rank = self.total_rank
         self.baseline = self.importances()  # at the new ranks: growth does not score itself
         self.last_scores = scores
         self.threshold = threshold
@@ -419,6 +447,7 @@ class RankAllocator:
 
     def load_state_dict(self, state: dict) -> None:
         self.baseline = state["baseline"]
+        self.known_rank = self.total_rank
 
 
 # What tells which matrices grow. A fork enters its own.
@@ -434,7 +463,7 @@ def add_adapters(
     alpha: float = 16,
     dropout: float = 0.0,
 ) -> dict[str, LoRALinear]:
-    """Put an adapter around each targeted nn.Linear, freeze all else, return {name: adapter}.
+    """Put an adapter around each targeted linear layer, freeze all else, return {name: adapter}.
 
     model: changed in place.
     targets: module names by their ends ("q", "attn.q"), or regular expressions for these ("q|v").
@@ -444,7 +473,7 @@ def add_adapters(
     alpha: numerator of the scale, no unit.
     dropout: probability that an entry of an adapter's input is dropped in training.
 
-    Raises ValueError for a setting out of range, a target that names no nn.Linear, or a model
+    Raises ValueError for a setting out of range, a target that names no linear layer, or a model
     that has adapters already.
     """
     init_rank = rank if init_rank is None else init_rank
@@ -459,10 +488,10 @@ def add_adapters(
     if find_adapters(model):
         raise ValueError("the model has adapters already; merge_adapters makes them part of it")
 
-    # By name, also where one Linear has several names.
+    # By name, also where one layer has several names.
     linears = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) and name != "":
+        if linear_shape(module) is not None and name != "":
             linears[name] = module
     chosen = chosen_names([*linears], [targets] if isinstance(targets, str) else targets)
 
@@ -488,7 +517,9 @@ def chosen_names(names: list[str], targets: list[str]) -> set[str]:
         matches = [name for name in names if pattern.fullmatch(name)]
         if not matches:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            raise ValueError(f"targets {target}: no nn.Linear is called that; there are: {known}")
+            raise ValueError(
+                f"targets {target}: no linear layer is called that; there are: {known}"
+            )
         chosen.update(matches)
     return chosen
 
@@ -499,7 +530,10 @@ def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Replace each adapter by a plain nn.Linear that computes the same, and return the model."""
+    """Replace each adapter by a plain layer that computes the same, and return the model.
+
+    Raises ValueError, and changes nothing, if a layer computes more than W x + b.
+    """
     merged = {adapter: adapter.merge() for adapter in find_adapters(model).values()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in merged:
@@ -508,11 +542,19 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All that is trained: the adapters, and what else is unfrozen. Its shapes tell the ranks."""
+    """All that is trained: the adapters, and what else is unfrozen. Its shapes tell the ranks.
+
+    What changes in training without a gradient is there, too, as the statistics of BatchNorm.
+    """
     state = {}
     for name, p in model.named_parameters():
         if p.requires_grad or "lora_" in name:
             state[name] = p.detach()
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        counts = name.endswith("num_batches_tracked")
+        if name in saved and (buffer.is_floating_point() or counts):
+            state[name] = buffer
     return state
 
 
@@ -551,3 +593,140 @@ def load_adapter_state_dict(
             )
     for name, p in own.items():
         p.copy_(state[name])  # into the model, whose memory it shares
+
+
+@torch.no_grad()
+def export_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
+    """Write the adapters as plain LoRA, L + U folded into B, in the files that peft reads.
+
+    model: with adapters that are not merged. What else is trained is saved module by module.
+    folder: for adapter_config.json and adapter_model.safetensors; older ones are replaced.
+    base: name or folder of the base model, for tools that load it.
+
+    Raises ValueError for a model without adapters, or with what these files can't hold.
+    """
+    try:
+        from safetensors.torch import save  # of all this project it is needed here alone
+    except ImportError as error:
+        raise ValueError("export_lora needs a package: pip install safetensors") from error
+    adapters = find_adapters(model)
+    if not adapters:
+        raise ValueError("the model has no adapters to export")
+
+    tensors = {}
+    for name, adapter in adapters.items():
+        if type(adapter).forward is not LoRALinear.forward:
+            raise ValueError(f"{name}: {type(adapter).__name__} is more than B A x, as LoRA is")
+        left, right = adapter.factors()  # (d_out, r), (r, d_in)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = right.contiguous().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous().cpu()
+
+    others = {name for name in adapter_state_dict(model) if ".lora_" not in name}
+    modules = sorted({name.rpartition(".")[0] for name in others})
+    for module in modules:
+        if module == "":
+            raise ValueError(f"{min(others)}: trained, but not in a module that could be saved")
+        for name, tensor in model.get_submodule(module).state_dict().items():
+            tensors[f"base_model.model.{module}.{name}"] = tensor.contiguous().cpu()
+
+    # Long names first: peft takes the first one that a module's name ends in.
+    names = sorted(adapters, key=len, reverse=True)
+    rank = max(adapter.rank for adapter in adapters.values())
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": names,
+        "r": rank,
+        "lora_alpha": adapters[names[0]].scale * rank,
+        "rank_pattern": {name: adapters[name].rank for name in names},
+        # Their scale is alpha / r of each matrix: so it stays ours.
+        "alpha_pattern": {name: adapters[name].scale * adapters[name].rank for name in names},
+        "fan_in_fan_out": any(is_transposed(adapter.base) for adapter in adapters.values()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "modules_to_save": modules or None,
+    }
+    files = {
+        "adapter_model.safetensors": save(tensors),
+        "adapter_config.json": json.dumps(config, indent=2).encode(),
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = Path(folder, f".{name}")
+        temporary.write_bytes(content)
+        os.replace(temporary, Path(folder, name))
+
+
+# Layers, as other people make them.
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a layer that computes W x + b: nn.Linear and its subclasses, packed ones as
+    bitsandbytes', and the Conv1D of transformers' GPT-2, whose W is (d_in, d_out). Else None."""
+    if is_transposed(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.out_features, layer.in_features
+    return None
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")  # transformers is no need
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it computes W x + b with the W that it holds: nothing comes between, as a hook, or a
+    W that is computed or packed."""
+    forward = getattr(layer.forward, "__func__", None)
+    own_weight = "weight" in layer._parameters
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return forward is nn.Linear.forward and own_weight and not hooks
+
+
+@torch.no_grad()
+def measured_linear(adapter: LoRALinear) -> nn.Linear:
+    """A plain nn.Linear that computes what an adapter does in evaluation, found from its answers.
+
+    Raises ValueError if there is none.
+    """
+    training = adapter.training
+    adapter.eval()
+    d_in, d_out = adapter.in_features, adapter.out_features
+    like = next(p for p in adapter.base.parameters() if p.is_floating_point())
+    b = adapter(like.new_zeros(1, d_in))  # (1, d_out)
+    W = (adapter(torch.eye(d_in).to(like)) - b).T  # (d_out, d_in)
+    linear = nn.Linear(d_in, d_out, bool(b.any()), like.device, W.dtype)
+    linear.weight.copy_(W)
+    if linear.bias is not None:
+        linear.bias.copy_(b[0])
+    x = torch.linspace(-9, 9, 4 * d_in).sin().view(4, d_in).to(like)
+    error = (linear(x) - adapter(x)).norm() / adapter(x).norm()
+    adapter.train(training)
+    if not error < 0.03:  # 8 bits of an input may lose as much
+        kind = type(adapter.base).__name__
+        raise ValueError(f"{kind}: it computes more than W x + b, so it can't be merged")
+    return linear
+
+
+class AdaptedWeight(Tensor):
+    """W to who asks for its type or shape, and W + delta_weight() to who computes with it: T5 asks
+    in each forward pass, and a dense matrix would be made for nothing."""
+
+    ASKED = {Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.device.__get__}
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in cls.ASKED:
+            return super().__torch_function__(function, types, args, kwargs)
+
+        def dense(value):
+            if not isinstance(value, cls):
+                return value
+            W = value.adapter.base.weight
+            delta = value.adapter.delta_weight()  # (d_out, d_in)
+            if is_transposed(value.adapter.base):
+                delta = delta.T
+            return (W.float() + delta).to(W.dtype)
+
+        return function(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
