@@ -237,6 +237,8 @@ def load_task(name: str) -> Task:
     else:
         task = table_task(path)
 
+    if len(task.rows) < 3:
+        raise ValueError(f"task {name}: {len(task.rows)} rows are too few; give 3 or more")
     if task.kind == "class":
         counts = Counter(row.answer for row in task.rows)
         task.classes = sorted(counts)
@@ -453,9 +455,13 @@ def task_examples(
         too_long += size + len(answer) - 1 > context
         answer = answer[: max(context // 2, context - size + 1)]
         room = context - len(answer) + 1 - len(parts)
+        if room < len(parts):
+            raise ValueError(f"context {context}: too short for {task.name}; give a longer one")
         if row.answer_start is not None and split == "train":
             begin = encoded[0].char_to_token(row.answer_start) or 0
-            parts[0] = window(parts[0], begin, room - sum(map(len, parts[1:])))
+            size = max(room // 2, room - len(parts[1]))
+            first = max(0, min(begin - (size - len(answer)) // 2, len(parts[0]) - size))
+            parts[0] = parts[0][first:]
         prompt = [number for part in cut(parts, room) for number in (*part, end)]
 
         inputs = torch.tensor(prompt + answer[:-1], dtype=torch.long)
@@ -464,7 +470,7 @@ def task_examples(
     for split in examples.values():
         random.Random(0).shuffle(split)
     if not all(examples.values()):
-        raise ValueError(f"task {task.name}: {len(task.rows)} rows are too few; give 3 or more")
+        raise ValueError(f"task {task.name}: too few rows to fill three splits; give more")
     return examples, in_words(task, examples, too_long, context)
 
 
@@ -480,12 +486,6 @@ def split_rows(task: Task) -> list[tuple[str, Row]]:
         kind = rows[0].answer if task.kind == "class" else None
         split_of[key] = "test" if rows[0].is_test else next(splits[kind])
     return [(split_of[row.is_test, row.source], row) for row in task.rows]
-
-
-def window(passage: list[int], begin: int, room: int) -> list[int]:
-    """`room` tokens of a passage, with the one where the answer begins in the middle if can be."""
-    first = max(0, min(begin - room // 2, len(passage) - room))
-    return passage[first : first + max(room, 0)]
 
 
 def cut(parts: list[list[int]], room: int) -> list[list[int]]:

@@ -25,6 +25,7 @@ def split_name(name: str) -> tuple[str, str]:
     return block, kind
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in the name of a file is a letter
 def draw_run(log: list[dict]) -> bytes:
     """The four panels as a PNG, from the entries of log.jsonl."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
@@ -33,7 +34,9 @@ def draw_run(log: list[dict]) -> bytes:
     after = log[-1].get("test_loss")
     result = f"test loss {before:.3f} to {after:.3f} nats" if after else f"test loss {before:.3f}"
     what = f"{settings['method']}, {settings['schedule']} schedule"
-    figure.suptitle(f"{what}, {settings['task'] or settings['data']}: {result}")
+    source = settings["task"] or settings["data"]
+    source = source.encode(errors="replace").decode()  # a name need not be UTF-8
+    figure.suptitle(f"{what}, {source}: {result}")
 
     draw_loss(panels[0, 0], log)
     if log[0]["ranks"]:
@@ -98,7 +101,7 @@ def draw_final_ranks(axes, ranks: dict[str, int]) -> None:
 def draw_importance(axes, log: list[dict]) -> None:
     """F of each matrix over the run, a colour for each kind."""
     axes.set_title("Importance: normalised Frobenius norm of the cores")
-    axes.set(xlabel="step", ylabel=r"$F=\|L+U\|_F/r$ (no unit)")
+    axes.set(xlabel="step", ylabel="F = ‖L + U‖_F / r (no unit)")
     if "importance" not in log[0]:
         axes.text(0.5, 0.5, "not measured: no growth", ha="center", transform=axes.transAxes)
         return

@@ -39,7 +39,7 @@ class AdaLoRA(train.Run):
         torch.manual_seed(args.seed)
         self.config = adalora_config(args)
         self.peft = peft.get_peft_model(gpt, self.config)  # in place: gpt itself gets the adapters
-        gpt.classify(len(self.classes))
+        gpt.classify(self.outputs)
 
         trained = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
         groups = [{"params": list(trained.values()), "lr_ratio": 1.0}]
@@ -95,7 +95,7 @@ class AdaLoRA(train.Run):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of empty tensors, but rank 0 is no mistake
             state = peft.get_peft_model_state_dict(self.peft)
-        if self.classes:
+        if self.outputs:
             state["head"] = self.model.head.detach()
         train.save_file(self.out / "adapter.pt", state)
 
