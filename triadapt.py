@@ -218,13 +218,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, adapters: dict[str, LoRALi
                 f"optimizer: it lacks tensors of {name}; make it after the adapters, and pass it "
                 "to load_adapter_state_dict"
             )
-    for p, state in optimizer.state.items():
-        for key, value in state.items():
-            if torch.is_tensor(value) and value.dim() > 0 and value.shape != p.shape:
-                raise ValueError(
-                    f"optimizer {type(optimizer).__name__}: its state {key} is not one number per "
-                    "entry; load it after the adapters, or use AdamW, Adam or SGD"
-                )
+        for tensor in adapter.GROWS_ALONG:
+            p = getattr(adapter, tensor)
+            for key, value in optimizer.state.get(p, {}).items():
+                if torch.is_tensor(value) and value.shape not in (p.shape, ()):
+                    raise ValueError(
+                        f"optimizer {type(optimizer).__name__}: its state {key} is not one number "
+                        "per entry; load it after the adapters, or use AdamW, Adam or SGD"
+                    )
 
 
 METHODS = {"lora": LoRALinear, "triadapt": TriAdaptLinear}
