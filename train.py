@@ -523,7 +523,7 @@ class Run:
             self.task = data.load_task(args.task)
             if self.task.kind != "text" and args.generate is not None:
                 raise ValueError(
-                    f"generate: --task {args.task} does not train to write; leave it out"
+                    f"--generate: --task {args.task} does not train to write; leave it out"
                 )
         texts = [] if self.task else data.documents(args.data)
 
