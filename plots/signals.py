@@ -37,6 +37,48 @@ class Uniform(RankAllocator):
         return {name: -float(adapter.rank) for name, adapter in self.adapters.items()}
 
 
+class UpdateNorm(RankAllocator):
+    """The size of the update, per rank: || s B (L + U) A ||_F / r. Like the paper's importance it
+    needs no gradient, but it sees B and A, too."""
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, float]:
+        norms = {}
+        for name, adapter in self.adapters.items():
+            left, right = adapter.factors()  # (d_out, r), (r, d_in)
+            # || left right ||^2 is the sum of the products of two Gram matrices, (r, r) each.
+            square = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0)
+            norms[name] = adapter.scale * square.sqrt().item() / adapter.rank
+        return norms
+
+    def scores(self) -> dict[str, float]:
+        return self.norms()
+
+
+class UpdateNormChange(UpdateNorm):
+    """How much that has grown since the last allocation, or else the end of the warm-up."""
+
+    def __init__(self, adapters: dict[str, LoRALinear], optimizer, **settings):
+        super().__init__(adapters, optimizer, **settings)
+        self.before = self.norms()
+
+    def step(self, t: int) -> list[str]:
+        grown = super().step(t)
+        if grown or t == self.warmup:
+            self.before = self.norms()
+        return grown
+
+    def scores(self) -> dict[str, float]:
+        return {name: norm - self.before[name] for name, norm in self.norms().items()}
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"before": self.before}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.before = state["before"]
+
+
 class Sensitivity(RankAllocator):
     """IncreLoRA's signal (Zhang et al. 2023): |w dL/dw|, smoothed over steps, times its smoothed
     uncertainty; the mean over the entries of a matrix's adapter."""
@@ -151,7 +193,14 @@ class Worth(RankAllocator):
         self.worth = state["worth"]
 
 
-SIGNALS |= {"random": Random, "uniform": Uniform, "sensitivity": Sensitivity, "worth": Worth}
+SIGNALS |= {
+    "random": Random,
+    "uniform": Uniform,
+    "norm": UpdateNorm,
+    "norm-change": UpdateNormChange,
+    "sensitivity": Sensitivity,
+    "worth": Worth,
+}
 
 if __name__ == "__main__":
     train.main()

@@ -91,8 +91,8 @@ def adam(net: nn.Module) -> torch.optim.Optimizer:
 
 
 ALLOCATION = {"target_rank": 4, "total_steps": 20, "warmup": 2, "interval": 2}
-ALL_SIGNALS = {name: SIGNALS[name] for name in ("importance", "random", "uniform")}
-ALL_SIGNALS |= {"sensitivity": signals.Sensitivity, "worth": signals.Worth}
+NAMES = ["importance", "random", "uniform", "norm", "norm-change", "sensitivity", "worth"]
+ALL_SIGNALS = {name: SIGNALS[name] for name in NAMES}
 ALL_SIGNALS |= {f"planted {name}": kind for name, kind in planted.SIGNALS.items()}
 
 
@@ -100,7 +100,7 @@ ALL_SIGNALS |= {f"planted {name}": kind for name, kind in planted.SIGNALS.items(
 
 
 def test_the_signals_are_choices_of_train_once_they_are_imported():
-    assert {"importance", "random", "uniform", "sensitivity", "worth"} <= set(SIGNALS)
+    assert set(NAMES) <= set(SIGNALS)
     assert train.parse_args(["--score", "worth"]).score == "worth"
 
 
@@ -136,6 +136,18 @@ def test_random_growth_differs_between_seeds_and_allocations():
         chosen += [first, list(allocator.scores().values())]
     for one, two in itertools.combinations(chosen, 2):
         assert one != two
+
+
+def test_the_norm_of_an_update_is_its_formula_and_its_change_begins_anew_after_growth():
+    net, adapters = small_net()
+    optimizer = adam(net)
+    allocator = signals.UpdateNormChange(adapters, optimizer, **ALLOCATION)
+    before = {name: a.delta_weight().norm().item() / a.rank for name, a in adapters.items()}
+    assert allocator.norms() == pytest.approx(before, rel=1e-5)
+    adapters["0"].lora_B.data *= 3
+    assert allocator.scores() == pytest.approx({"0": 2 * before["0"], "2": 0.0}, abs=1e-6)
+    assert allocator.step(4) == ["0"]
+    assert allocator.scores() == {"0": 0.0, "2": 0.0}
 
 
 @pytest.mark.parametrize("kind", [signals.Worth, planted.Gate])
@@ -176,7 +188,7 @@ def test_worth_is_its_formula_adds_up_over_pieces_and_is_watched_once(kind):
         assert len(adapter._forward_hooks) == 2  # one of them is this test's
 
 
-@pytest.mark.parametrize("name", ["importance", "random", "uniform", "sensitivity", "worth"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_budget_in_numbers_is_never_passed_and_spent_but_for_less_than_a_growth(name):
     rng = random.Random(name)
     for _ in range(2):
@@ -213,7 +225,7 @@ def test_a_budget_in_numbers_is_never_passed_and_spent_but_for_less_than_a_growt
         assert allocator.budget_left == lora - used
 
 
-@pytest.mark.parametrize("score", ["sensitivity", "worth"])
+@pytest.mark.parametrize("score", ["norm-change", "sensitivity", "worth"])
 def test_a_resumed_signal_ends_with_the_same_bits(home, monkeypatch, score):
     options = [*TINY, "--steps", "10", "--eval-interval", "10", "--batch-size", "4"]
     options += ["--rank", "4", "--score", score, "--dropout", "0.1"]
