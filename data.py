@@ -270,17 +270,21 @@ def module_rows() -> list[Row]:
 def squad_rows(path: Path) -> list[Row]:
     """SQuAD 1.1 and 2.0: passage and question, and the first of the answers."""
     rows = []
+    text = read_text("task", path)
     try:
-        for article in json.loads(read_text("task", path))["data"]:
+        for article in json.loads(text)["data"]:
             for paragraph in article["paragraphs"]:
                 passage = paragraph["context"]
                 for question in paragraph["qas"]:
                     row = Row((passage, question["question"]), "unanswerable", source=passage)
                     if question["answers"]:
                         row.answer = question["answers"][0]["text"]
-                        row.answer_start = question["answers"][0]["answer_start"]
+                        start = row.answer_start = question["answers"][0]["answer_start"]
+                        if start < 0 or not row.answer or not passage.startswith(row.answer, start):
+                            raise ValueError(f"no {row.answer!r} at letter {start} of a passage")
+                    "".join((*row.texts, row.answer)).encode()  # fails for what is no text
                     rows.append(row)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"task {path}: not SQuAD's JSON, or cut short ({error!r})") from error
     return rows
 
@@ -325,7 +329,9 @@ def table_task(path: Path, test_path: Path | None = None) -> Task:
     name = str(path)
     if test_path is not None:
         name = str(path.parent)
-        _, _, test_rows = table_rows(test_path)
+        test_reads, _, test_rows = table_rows(test_path)
+        if test_reads.partition(" (")[0] != reads.partition(" (")[0]:
+            raise ValueError(f"task {test_path}: has {test_reads}, and {path.name} has {reads}")
         for row in test_rows:
             row.is_test = True
         rows += test_rows
@@ -362,7 +368,7 @@ def table_rows(path: Path) -> tuple[str, str, list[Row]]:
     """(which columns are read, in words; the name of the answers' column; the rows)."""
     lines = table_lines(path)
     columns = [cell.strip().lower() for cell in lines[0][1]]
-    if len(columns) == 4 and columns[1] in ("0", "1"):
+    if len(columns) == 4 and columns[1] in ("0", "1") and columns[2] in ("", "*"):
         columns = COLA_COLUMNS
     else:
         lines = lines[1:]
@@ -384,6 +390,8 @@ def table_rows(path: Path) -> tuple[str, str, list[Row]]:
         read = tuple(cells[i] for i in texts)
         rows.append(Row(read, cells[answers[0]].strip(), source=read, place=place))
 
+    if not rows:
+        raise ValueError(f"task {path}: has no rows under its header; give a whole file")
     answer = columns[answers[0]]
     left_out = [column for i, column in enumerate(columns) if i not in texts + answers]
     reads = f"{', '.join(columns[i] for i in texts)} -> {answer}"
@@ -407,6 +415,7 @@ def table_lines(path: Path) -> list[tuple[int, list[str]]]:
 
     quoted = []
     begins = 1
+    csv.field_size_limit(len(text) + 1)  # else longer cells are errors
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
     try:
         for cells in reader:
@@ -420,8 +429,9 @@ def table_lines(path: Path) -> list[tuple[int, list[str]]]:
             ) from error
         return plain
     # Rows of several lines are rows only if the lines alone are none.
-    whole = all(len(cells) == len(plain[0][1]) for _, cells in plain)
-    return plain if whole and len(plain) != len(quoted) else quoted
+    plain_fits = all(len(cells) == len(plain[0][1]) for _, cells in plain)
+    quoted_fits = all(len(cells) == len(quoted[0][1]) for _, cells in quoted)
+    return plain if plain_fits and not (quoted_fits and len(plain) == len(quoted)) else quoted
 
 
 # Tasks as examples.
@@ -453,10 +463,10 @@ def task_examples(
         # A long answer gets half of the context, or more where the texts leave more.
         size = sum(len(part) + 1 for part in parts)
         too_long += size + len(answer) - 1 > context
-        answer = answer[: max(context // 2, context - size + 1)]
+        answer = answer[: max(1, context // 2, context - size + 1)]
         room = context - len(answer) + 1 - len(parts)
-        if room < len(parts):
-            raise ValueError(f"context {context}: too short for {task.name}; give a longer one")
+        if room < 0:
+            raise ValueError(f"context {context}: too short for {len(parts)} texts and an answer")
         if row.answer_start is not None and split == "train":
             begin = encoded[0].char_to_token(row.answer_start) or 0
             size = max(room // 2, room - len(parts[1]))
@@ -470,7 +480,9 @@ def task_examples(
     for split in examples.values():
         random.Random(0).shuffle(split)
     if not all(examples.values()):
-        raise ValueError(f"task {task.name}: too few rows to fill three splits; give more")
+        sources = len({row.source for row in task.rows})
+        counts = f"{len(task.rows)} rows with {sources} different texts"
+        raise ValueError(f"task {task.name}: {counts} are too few; give 3 or more of each")
     return examples, in_words(task, examples, too_long, context)
 
 

@@ -159,6 +159,10 @@ def load_gpt2(name: str) -> dict:
                 raise ValueError(f"base {name}: {path.name} only points to it; run git lfs pull")
 
     try:
+        tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"base {name}: tokenizer.json is not UTF-8 text ({error})") from error
+    try:
         sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = GPTConfig(
             vocab_size=sizes["vocab_size"],
@@ -173,13 +177,16 @@ def load_gpt2(name: str) -> dict:
         raise ValueError(
             f"base {name}: config.json does not give GPT-2's sizes ({error!r})"
         ) from error
+    numbers = [config.vocab_size, config.context, config.layers, config.heads, config.width]
+    if not all(isinstance(n, int) and n > 0 for n in numbers) or config.width % config.heads:
+        raise ValueError(f"base {name}: config.json has sizes that no GPT-2 has: {config}")
     for key in sorted(unlike):
         raise ValueError(
             f"base {name}: config.json has {key} {sizes[key]}, and only {fixed[key][0]} works here"
         )
     return {
         "config": asdict(config),
-        "tokenizer": (folder / "tokenizer.json").read_text(encoding="utf-8"),
+        "tokenizer": tokenizer,
         "model": convert_gpt2(name, read_weights(weights)),
     }
 
@@ -199,10 +206,13 @@ def download_gpt2(name: str) -> Path:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """{name: tensor} of a file of weights, .bin or .safetensors; nothing in it can run."""
     try:  # torch.load tells the two apart, and needs the package safetensors for the second
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"base {path}: not weights that can be read ({reason})") from error
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(f"base {path}: holds something else than tensors by their names")
+    return weights
 
 
 def convert_gpt2(base: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,10 +236,12 @@ def convert_gpt2(base: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not name.startswith("blocks"):
             raise ValueError(f"base {base}: {name} is of another kind of model; give a plain GPT-2")
         elif "attn.c_attn" in name:  # q, k and v in one: (width, 3 width), or its bias
-            for ours, part in zip("qkv", tensor.chunk(3, dim=-1), strict=True):
+            for ours, part in zip("qkv", tensor.chunk(3, dim=-1), strict=False):
                 state[name.replace("attn.c_attn", ours)] = part.T if part.dim() == 2 else part
         else:
             state[name] = tensor.T if tensor.dim() == 2 else tensor
+    if "wte.weight" not in state:
+        raise ValueError(f"base {base}: its weights have no wte.weight, as GPT-2's have")
     if not torch.equal(weights.get("lm_head.weight", state["wte.weight"]), state["wte.weight"]):
         raise ValueError(f"base {base}: its lm_head is not the token embedding, as in GPT-2")
     return state

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,12 +92,16 @@ def fit(net: nn.Module, optimizer, steps: int = 1) -> None:
         optimizer.step()
 
 
+def allocator_of(adapters: dict, optimizer, **settings) -> RankAllocator:
+    defaults = {"target_rank": 4, "total_steps": 20, "warmup": 2, "interval": 2}
+    return RankAllocator(adapters, optimizer, **(defaults | settings))
+
+
 def small_allocator(count: int = 2, rank: int = 2, optimizer=None, **settings) -> RankAllocator:
     """Of so many matrices of this rank, which are to get rank 4."""
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(count)))
     adapters = add_adapters(net, "[0-9]+", rank=64, init_rank=rank)
-    defaults = {"target_rank": 4, "total_steps": 20, "warmup": 2, "interval": 2}
-    return RankAllocator(adapters, optimizer or adamw(net), **(defaults | settings))
+    return allocator_of(adapters, optimizer or adamw(net), **settings)
 
 
 # -------------------------------------------------------------------------------- the adapter
@@ -695,7 +700,7 @@ TASK = f"{TINY} --task task.tsv"
 
 def run(line: str) -> train.Run:
     """train.py with these options."""
-    return train.main(line.split())
+    return train.main(shlex.split(line))
 
 
 def refusal(line: str, capsys) -> str:
@@ -1007,7 +1012,7 @@ def cold(home, monkeypatch):
         ("--schedule none --interval 3", "--interval: no effect"),
         ("--schedule linear --top-k 3", "--top-k: no effect"),
         ("--task task.tsv --data text.txt", "--data: no effect"),
-        ("--task task.tsv --generate rank", "--generate: --task task.tsv does not train to write"),
+        ("--task task.tsv --generate rank", "--generate rank: --task task.tsv writes no text"),
         ("--base base.pt --base-steps 5", "--base-steps: no effect"),
     ],
 )

@@ -267,6 +267,8 @@ def save_file(path: Path, content: dict | str | bytes) -> None:
         try:
             temporary.write_bytes(content)
             temporary.replace(path)
+        except OSError as error:
+            raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
         finally:
             temporary.unlink(missing_ok=True)
     if WORLD > 1:
@@ -519,12 +521,10 @@ class Run:
         self.task = None
         if args.base == "code":
             self.adapt(GPT(GPTConfig()))
-        if args.task:
+        if args.task is not None:
             self.task = data.load_task(args.task)
             if self.task.kind != "text" and args.generate is not None:
-                raise ValueError(
-                    f"--generate: --task {args.task} does not train to write; leave it out"
-                )
+                raise ValueError(f"generate {args.generate}: --task {args.task} writes no text")
         texts = [] if self.task else data.documents(args.data)
 
         # Base model.
@@ -663,8 +663,8 @@ class Run:
 
         if self.log[-1]["kind"] != "end":
             self.note("end", seconds=self.seconds, **self.test())
-            self.save()
             save_file(self.out / "run.png", draw_run(self.log))
+            self.save()
             say(f"look at {self.out / 'run.png'}; beside it: log.jsonl adapter.pt checkpoint.pt")
 
     def seed(self, step: int) -> int:
@@ -727,7 +727,7 @@ class Run:
     # Checkpoints.
 
     def save(self) -> None:
-        """A checkpoint to resume from, the adapter alone, and the log."""
+        """The adapter alone, the log, and a checkpoint to resume from."""
         trained = adapter_state_dict(self.model)
         checkpoint = {
             "settings": vars(self.args),
@@ -739,9 +739,9 @@ class Run:
                 name: getattr(self, name) for name in ("step", "seconds", "losses", "log")
             },
         }
-        save_file(self.out / "checkpoint.pt", checkpoint)
         save_file(self.out / "adapter.pt", trained)
         save_file(self.out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in self.log))
+        save_file(self.out / "checkpoint.pt", checkpoint)  # last: a run killed before it is resumed
 
     def load(self) -> None:
         """Go on where the run was: adapters grow to their ranks, then get weights and moments."""
@@ -880,9 +880,8 @@ def results_in_words(entry: dict, split: str) -> str:
         return ", ".join([f"{split} squared error {loss:.4f}", *found])
     if f"{split}_accuracy" in entry:
         return ", ".join([f"{split} loss {loss:.4f} nats", *found])
-    return ", ".join(
-        [f"{split} loss {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}", *found]
-    )
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # a diverged one is no float
+    return ", ".join([f"{split} loss {loss:.4f} nats/token, perplexity {perplexity:.2f}", *found])
 
 
 # --------------------------------------------------------------------------- the command line
@@ -890,7 +889,8 @@ def results_in_words(entry: dict, split: str) -> str:
 
 def main(argv: list[str] | None = None) -> Run:
     """A whole run, also of a fork. What is wrong with the input ends in one line and code 2."""
-    sys.stdout.reconfigure(errors="replace")  # a letter that the console can't show is no error
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's console has not, and shows all letters
+        sys.stdout.reconfigure(errors="replace")  # a letter that can't be shown is no error
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()
     try:

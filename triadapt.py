@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.rank = 0  # what the first ranks are appended to
         for name, entries in self.new_entries(rank).items():
-            setattr(self, name, nn.Parameter(entries.to(base.weight.device)))
+            setattr(self, name, nn.Parameter(entries.to(next(base.parameters()).device)))
         self.rank = rank
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
@@ -77,11 +78,15 @@ class LoRALinear(nn.Module):
         # y = W x + b + s B (L + U) A x. A token is a row here, so it stands left of a matrix.
         B_core, A = self.factors()
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
-        y = self.base(tokens)  # (tokens, d_out)
         Ax = self.dropout(tokens) @ A.T.to(x.dtype)  # (tokens, r)
-        # In place where y is ours alone, as nn.Linear's is: one more tensor of its size would cost
-        # more than the low-rank product itself.
-        add = y.addmm_ if is_plain(self.base) else y.addmm
+        if is_plain(self.base):
+            # In place: one more tensor of y's size would cost more than the low-rank product.
+            y = self.base(tokens)  # (tokens, d_out)
+            add = y.addmm_
+        else:
+            # Others may hold this y, and all axes of x may count.
+            y = self.base(x).reshape(-1, self.out_features)
+            add = y.addmm
         y = add(Ax.to(y.dtype), B_core.T.to(y.dtype), alpha=self.scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -127,7 +132,7 @@ class LoRALinear(nn.Module):
 
         Raises ValueError if the frozen layer computes more than W x + b.
         """
-        if not is_plain(self.base) and not is_transposed(self.base):
+        if not is_plain(self.base):
             return measured_linear(self)
         merged = copy.deepcopy(self.base)
         merged.weight.copy_(self.weight)
@@ -587,7 +592,7 @@ def load_adapter_state_dict(
     own = adapter_state_dict(model)
     for name, p in own.items():
         saved = state[name]
-        if saved.shape != p.shape or not saved.isfinite().all():
+        if saved.shape != p.shape or (p.isfinite() & ~saved.isfinite()).any():
             raise ValueError(
                 f"{name}: the model needs finite numbers of shape {list(p.shape)}, "
                 f"the file has shape {list(saved.shape)}"
@@ -604,7 +609,7 @@ def export_lora(model: nn.Module, folder: str | Path, base: str | None = None) -
     folder: for adapter_config.json and adapter_model.safetensors; older ones are replaced.
     base: name or folder of the base model, for tools that load it.
 
-    Raises ValueError for a model without adapters, or with what these files can't hold.
+    Raises ValueError for a model without adapters, or with what peft can't hold or tell apart.
     """
     try:
         from safetensors.torch import save  # of all this project it is needed here alone
@@ -618,26 +623,48 @@ def export_lora(model: nn.Module, folder: str | Path, base: str | None = None) -
     for name, adapter in adapters.items():
         if type(adapter).forward is not LoRALinear.forward:
             raise ValueError(f"{name}: {type(adapter).__name__} is more than B A x, as LoRA is")
+        if "weight" not in adapter.base._parameters:
+            raise ValueError(f"{name}: its weight is computed, which peft can't merge with")
+        if isinstance(adapter.base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError(f"{name}: nn.MultiheadAttention never calls it, as peft needs")
         left, right = adapter.factors()  # (d_out, r), (r, d_in)
         tensors[f"base_model.model.{name}.lora_A.weight"] = right.contiguous().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = left.contiguous().cpu()
 
-    others = {name for name in adapter_state_dict(model) if ".lora_" not in name}
+    changed = {id(adapter.base.weight) for adapter in adapters.values()}  # when peft merges
+    changed |= {id(p) for p in model.parameters() if p.requires_grad}
+    every = [*model.named_parameters(remove_duplicate=False)]
+    uses = Counter(id(p) for _, p in every)
+    for name, p in every:
+        if id(p) in changed and uses[id(p)] > 1:
+            raise ValueError(f"{name}: another module shares it, which peft does not know")
+
+    # What else is trained, with the module that it is in; peft knows this by the end of its name.
+    all_names = [name for name, _ in model.named_modules()]
+    others = [name for name in adapter_state_dict(model) if ".lora_" not in name]
     modules = sorted({name.rpartition(".")[0] for name in others})
     for module in modules:
-        if module == "":
-            raise ValueError(f"{min(others)}: trained, but not in a module that could be saved")
+        alike = [name for name in all_names if name.endswith(module) and name != module]
+        nested = [n for n in adapters if n.startswith(f"{module}.") or module.startswith(f"{n}.")]
+        if alike or nested:
+            where = module or "the model itself"
+            raise ValueError(f"{where}: is trained, too, and peft can't save it by itself")
         for name, tensor in model.get_submodule(module).state_dict().items():
-            tensors[f"base_model.model.{module}.{name}"] = tensor.contiguous().cpu()
+            tensors[f"base_model.model.{module}.{name}"] = tensor.clone().contiguous().cpu()
 
     # Long names first: peft takes the first one that a module's name ends in.
     names = sorted(adapters, key=len, reverse=True)
+    targets = names
+    if any(
+        name.endswith(tuple(f".{n}" for n in names)) and name not in names for name in all_names
+    ):
+        targets = "|".join(re.escape(name) for name in names)  # these are whole names
     rank = max(adapter.rank for adapter in adapters.values())
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": names,
+        "target_modules": targets,
         "r": rank,
         "lora_alpha": adapters[names[0]].scale * rank,
         "rank_pattern": {name: adapters[name].rank for name in names},
@@ -652,11 +679,16 @@ def export_lora(model: nn.Module, folder: str | Path, base: str | None = None) -
         "adapter_model.safetensors": save(tensors),
         "adapter_config.json": json.dumps(config, indent=2).encode(),
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        temporary = Path(folder, f".{name}")
-        temporary.write_bytes(content)
-        os.replace(temporary, Path(folder, name))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, content in files.items():
+            (folder / f".{name}").write_bytes(content)
+        for name in files:
+            os.replace(folder / f".{name}", folder / name)
+    finally:  # a full disk leaves the older files, and nothing else
+        for name in files:
+            (folder / f".{name}").unlink(missing_ok=True)
 
 
 # Layers, as other people make them.
@@ -667,22 +699,21 @@ def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
     bitsandbytes', and the Conv1D of transformers' GPT-2, whose W is (d_in, d_out). Else None."""
     if is_transposed(layer):
         return layer.weight.shape[1], layer.weight.shape[0]
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return layer.out_features, layer.in_features
-    return None
+    sizes = hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    return (layer.out_features, layer.in_features) if sizes and [*layer.parameters()] else None
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")  # transformers is no need
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")  # without transformers
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether it computes W x + b with the W that it holds: nothing comes between, as a hook, or a
-    W that is computed or packed."""
-    forward = getattr(layer.forward, "__func__", None)
-    own_weight = "weight" in layer._parameters
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return forward is nn.Linear.forward and own_weight and not hooks
+    """Whether it computes W x + b with the W that it holds, and nobody looks on: no forward of its
+    own, no hook, no W that is computed or packed."""
+    known = type(layer).forward is nn.Linear.forward or is_transposed(layer)
+    own = type(layer._parameters.get("weight")) is nn.Parameter and "forward" not in vars(layer)
+    forward_hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return known and own and not (forward_hooks or layer._backward_hooks)
 
 
 @torch.no_grad()
@@ -694,20 +725,28 @@ def measured_linear(adapter: LoRALinear) -> nn.Linear:
     training = adapter.training
     adapter.eval()
     d_in, d_out = adapter.in_features, adapter.out_features
-    like = next(p for p in adapter.base.parameters() if p.is_floating_point())
+    like = next(adapter.parameters())  # of the type of its input: float32, or what the layer has
+    for p in adapter.base.parameters():
+        if p.is_floating_point():
+            like = p
     b = adapter(like.new_zeros(1, d_in))  # (1, d_out)
-    W = (adapter(torch.eye(d_in).to(like)) - b).T  # (d_out, d_in)
-    linear = nn.Linear(d_in, d_out, bool(b.any()), like.device, W.dtype)
+    # Large inputs, as a small W would be lost in the rounding of W + b.
+    W = (adapter(1024 * torch.eye(d_in).to(like)) - b).T / 1024  # (d_out, d_in)
+    linear = nn.Linear(d_in, d_out, bool(b.any()), like.device, W.dtype).requires_grad_(False)
     linear.weight.copy_(W)
     if linear.bias is not None:
         linear.bias.copy_(b[0])
-    x = torch.linspace(-9, 9, 4 * d_in).sin().view(4, d_in).to(like)
-    error = (linear(x) - adapter(x)).norm() / adapter(x).norm()
+
+    # Small inputs and large ones: relu(W x + 20) is linear near 0.
+    sizes = torch.tensor([[0.1], [1.0], [10.0], [100.0]])
+    x = (sizes * torch.linspace(-9, 9, 4 * d_in).sin().view(4, d_in)).to(like)
+    y = adapter(x)
+    errors = (linear(x) - y).norm(dim=1)
     adapter.train(training)
-    if not error < 0.03:  # 8 bits of an input may lose as much
+    if not (errors <= 0.03 * y.norm(dim=1)).all():  # 8 bits of an input may lose as much
         kind = type(adapter.base).__name__
         raise ValueError(f"{kind}: it computes more than W x + b, so it can't be merged")
-    return linear
+    return linear.train(training)
 
 
 class AdaptedWeight(Tensor):
