@@ -304,7 +304,7 @@ def e2e_rows(path: Path) -> list[Row]:
 
 # Tables. Case, and spaces around them, do not count in the names of columns.
 TEXT_COLUMNS = re.compile(
-    r"(sentence|question|text)[12]?|premise|hypothesis|text_pair|prompt|#[12] string"
+    r"(sentence|question|text)[12]?|premise|hypothesis|text_pair|prompt|context|#[12] string"
 )
 ANSWER_COLUMNS = ["label", "gold_label", "quality", "is_duplicate", "score", "answer"]
 COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its files have no header
@@ -353,7 +353,7 @@ def table_task(path: Path, test_path: Path | None = None) -> Task:
         if task.kind == "score":
             row.answer = number
         elif task.kind == "class" and all_numbers:
-            row.answer = str(round(number))
+            row.answer = row.answer.removesuffix(".0")
     return task
 
 

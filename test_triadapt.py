@@ -5,6 +5,7 @@ parameters. In order: the method, the model and the data, the script, forks and 
 """
 
 import copy
+import errno
 import functools
 import itertools
 import json
@@ -16,10 +17,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune as prune
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,10 +36,12 @@ from triadapt import (
     METHODS,
     SCHEDULES,
     SIGNALS,
+    LoRALinear,
     RankAllocator,
     TriAdaptLinear,
     adapter_state_dict,
     add_adapters,
+    export_lora,
     load_adapter_state_dict,
     merge_adapters,
 )
@@ -1101,6 +1106,540 @@ def test_help_lists_groups_defaults_choices_and_fewer_than_35_options(capsys):
     assert text.count("python train.py") >= 2  # examples
 
 
+# ---------------------------------------------------------------------------------- tasks
+
+
+def write_lines(path: str, header: str | None, rows: list[str]) -> None:
+    """A file of a header, if there is one, and rows; its folder too."""
+    Path(path).parent.mkdir(exist_ok=True)
+    lines = rows if header is None else [header, *rows]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def examples_of(name: str, tokenizer, context: int = 16):
+    """(task, its examples, what the console says of them)."""
+    task = data.load_task(name)
+    return task, *data.task_examples(task, tokenizer, context)
+
+
+PARSES = "\t".join(f"sentence{i}_{kind}" for kind in ("binary_parse", "parse") for i in (1, 2))
+MNLI = f"index\tpromptID\tpairID\tgenre\t{PARSES}\tsentence1\tsentence2\tlabel1\tgold_label"
+STSB = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
+NLI = ["entailment", "not_entailment"]
+
+
+@pytest.mark.parametrize(
+    "name, header, texts, answer, answers",
+    [
+        ("CoLA", None, [3], 1, ["0", "1"]),
+        ("SST-2", "sentence\tlabel", [0], 1, ["0", "1"]),
+        ("MRPC", "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", [3, 4], 0, ["0", "1"]),
+        ("QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", [3, 4], 5, ["0", "1"]),
+        ("QNLI", "index\tquestion\tsentence\tlabel", [1, 2], 3, NLI),
+        ("MNLI", MNLI, [8, 9], -1, ["contradiction", "entailment", "neutral"]),
+        ("RTE", "index\tsentence1\tsentence2\tlabel", [1, 2], 3, NLI),
+        ("WNLI", "index\tsentence1\tsentence2\tlabel", [1, 2], 3, ["0", "1"]),
+        ("STS-B", STSB, [7, 8], 9, ["0.000", "3.25", "5.000"]),
+    ],
+)
+def test_each_folder_of_glue_is_read_as_it_is_downloaded(
+    tokenizer, name, header, texts, answer, answers
+):
+    matched = "_matched" if name == "MNLI" else ""
+    expected = []
+    for file, count in (("train", 40), (f"dev{matched}", 6), ("test", 0), ("dev_mismatched", 0)):
+        if file == "dev_matched":
+            header = header.replace("label1", "label1\tlabel2\tlabel3\tlabel4\tlabel5")
+        rows = []
+        for i in range(count):
+            cells = [""] * (4 if header is None else header.count("\t") + 1)
+            for column in texts:
+                cells[column] = f'"{file} {i}, column {column}'  # GLUE's quotes are bare
+            cells[answer] = answers[i % len(answers)]
+            rows.append("\t".join(cells))
+            score = float(cells[answer]) if name == "STS-B" else cells[answer]
+            expected.append((tuple(cells[column] for column in texts), score, file != "train"))
+        write_lines(f"{name}/{file}.tsv", header, rows)
+
+    task, examples, told = examples_of(name, tokenizer)
+    assert [(row.texts, row.answer, row.is_test) for row in task.rows] == expected
+    val = 6 if name == "MNLI" else 4  # a tenth of each class, rounded up
+    assert [len(examples[split]) for split in ("train", "val", "test")] == [40 - val, val, 6]
+    if name == "STS-B":
+        assert task.kind == "score" and {t[-1].item() for _, t in examples["test"]} == {0, 3.25, 5}
+    else:
+        assert task.kind == "class" and task.classes == answers
+        assert f"classes   {answers[0]} {sum(row[1] == answers[0] for row in expected)}, " in told
+    assert f"rows      train {40 - val}, val {val}, test 6; " in told
+
+
+PAIRS = "".join(f"how {i}\twhy {i}\t{i % 2}\n" for i in range(20))  # on lines 2 to 21
+SCORES = "".join(f"how {i}\twhy {i}\t{i / 4}\n" for i in range(20))
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (PAIRS + "what was\this\tevidence\t1\n", "line 22 has 4 cells, and the header 3"),
+        (PAIRS + "what was his evidence\t1\n", "line 22 has 2 cells, and the header 3"),
+        (PAIRS + "how\twhy\t \n", "line 22 has no label"),
+        (PAIRS + "how\twhy\t-1\n", "line 22 has no label"),
+        (PAIRS + "how\twhy\t-\n", "line 22 has no label"),
+        (SCORES + "how\twhy\tnan\n", "line 22 has no label"),
+        (PAIRS + '"how"\twhy\t0\n"how\twhy\t0\n', "line 23 opens a quote that never closes"),
+        (PAIRS + "how\twhy\t2\n", r"3 classes, and only 1 rows of '2' \(t.tsv: line 22\)"),
+        (PAIRS.replace("\t1\n", "\t0\n"), "1 classes, and only 20 rows of '0'"),
+        ("", "has no rows under its header"),
+        ("how\twhy\t0\n" * 3 + "how\twhy\t1\n" * 3, "6 rows with 1 different texts are too few"),
+    ],
+)
+def test_a_row_that_does_not_fit_the_header_is_named_by_its_line(tokenizer, rows, said):
+    write_lines("t.tsv", "sentence1\tsentence2\tlabel", [rows])
+    with pytest.raises(ValueError, match=f"^task t.tsv: {said}"):
+        examples_of("t.tsv", tokenizer)
+
+
+def test_a_header_without_a_known_column_and_two_files_that_differ_are_refused(home):
+    for header in ("review\tlabel", "sentence,label", "sentence\tlabel\tscore", "0\t1\t2\t3"):
+        write_lines("t.tsv", header, ["a\t1\t\tb"] * 9)
+        with pytest.raises(ValueError, match="^task t.tsv: its first line must name text columns"):
+            data.load_task("t.tsv")
+    write_lines("CoLA/train.tsv", None, [f"gj04\t{i % 2}\t\tsaid {i}" for i in range(20)])
+    for header, rows, said in (
+        ("sentence1\tsentence2\tlabel", [PAIRS], "has sentence1, sentence2 -> label, and train"),
+        (None, ["gj04\t1\t\tb", "gj04\t2\t\tb"], r"line 2: label 2 is not in train\.tsv"),
+        ("sentence\tlabel", [], "has no rows under its header"),
+    ):
+        write_lines("CoLA/dev.tsv", header, rows)
+        with pytest.raises(ValueError, match=f"^task CoLA/dev.tsv: {said}"):
+            data.load_task("CoLA")
+    Path("CoLA/dev.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match="^task CoLA/dev.tsv: there is no such file"):
+        data.load_task("CoLA")
+
+
+@pytest.mark.parametrize(
+    "header, row, texts",
+    [
+        ("\ufeffsentence\tlabel", "a{}\t{}", "a{}"),
+        ("sentence\tlabel\r", "a{}\t{}\r", "a{}"),
+        ("label\tsentence\r", "{1}\ta{0}\r", "a{}"),
+        (" Sentence \tLABEL", "a{}\t{}", "a{}"),
+        ('"sentence"\t"label"', '"a{}"\t"{}"', "a{}"),
+        ("sentence\tlabel", '"a\t{}"\t{}', "a\t{}"),
+        ("sentence\tlabel", '"a\n\nb {}"\t{}', "a\n\nb {}"),
+        ("sentence\tlabel\r", '"a\r\nb {}"\t{}\r', "a\r\nb {}"),
+        ("sentence\tlabel", '"a ""b"" {}"\t{}', 'a "b" {}'),
+        ("sentence\tlabel", '"' + "long " * 30_000 + '""{}"\t{}', "long " * 30_000 + '"{}'),
+        ("sentence\tlabel", '"a" {}\t{}', '"a" {}'),  # no RFC 4180: as in GLUE
+        ("sentence\tlabel", 'a "b" {}"\t{}', 'a "b" {}"'),
+        # Opens in one row, closes in the next.
+        ("sentence\tlabel", '"a {}\t{}\nb {}"\t{}', ['"a {}', 'b {}"']),
+        ("sentence\tlabel", "a\u2028b\x85 {}\t{}\n\n  ", "a\u2028b\x85 {}"),
+        ("text\ttext_pair\tlabel", '"a {}\tb"\t{}', '"a {}|b"'),  # in one cell, in the next
+        ("sentence\tlabel", "a {}\t{}.0", "a {}"),  # pandas, in a column with gaps
+    ],
+)
+def test_a_table_is_read_as_pandas_excel_or_glue_wrote_it(home, header, row, texts):
+    rows = [row.format(i, i % 2, i, i % 2) for i in range(8)]
+    Path("t.tsv").write_bytes("\n".join([header, *rows, ""]).encode())
+    expected = []
+    for i in range(8):
+        for text in texts if isinstance(texts, list) else [texts]:
+            expected.append((tuple(text.format(i).split("|")), str(i % 2)))
+    assert [(row.texts, row.answer) for row in data.load_task("t.tsv").rows] == expected
+
+
+def test_equal_texts_with_other_labels_stay_in_one_split_and_are_counted(tokenizer):
+    write_lines("t.tsv", "text\tlabel", [f"said {i % 19}\t{i // 30}" for i in range(57)])
+    _, examples, told = examples_of("t.tsv", tokenizer)
+    texts = [{tuple(inputs.tolist()) for inputs, _ in rows} for rows in examples.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 19
+    assert "19 texts stand there more than once, with different answers" in told
+
+
+def test_a_pair_loses_the_end_of_its_longer_half_and_nothing_is_lost_if_it_fits(tokenizer):
+    pairs = [(30, 3), (3, 30), (30, 30), (5, 9), (5, 10)]
+    rows = [f"{'a' * left}\t{'b' * right}\t{i % 2}" for left, right in pairs * 4 for i in (0, 1)]
+    write_lines("t.tsv", "premise\thypothesis\tlabel", rows)
+    letters = data.train_tokenizer([], 300)  # a token is a byte
+    _, examples, told = examples_of("t.tsv", letters, 16)
+    texts = [letters.decode(i.tolist()) for rows in examples.values() for i, _ in rows]
+    cut = {(11, 3), (3, 11), (7, 7), (5, 9)}  # 14 letters and two end tokens
+    assert {(text.count("a"), text.count("b")) for text in texts} == cut
+    assert "32 cut to 16 tokens" in told
+    with pytest.raises(ValueError, match="^context 1: too short for 2 texts and an answer"):
+        examples_of("t.tsv", letters, 1)
+
+
+# --------------------------------------------------------------------------------- scores
+
+
+def test_scores_are_what_one_computes_by_hand():
+    said, true = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
+    two = {"accuracy": 0.75, "f1": (2 / 3 + 4 / 5) / 2, "matthews": 2 / 12**0.5}
+    assert train.scores(2, said, true) == pytest.approx(two)
+    two.pop("matthews")
+    assert train.scores(5, said, true) == pytest.approx(two)  # classes that are absent don't count
+    said, true = torch.tensor([[1.0, 2, 3, 4], [1, 2, 2, 9]])
+    expected = {"pearson": 12 / 205**0.5, "spearman": 4.5 / 22.5**0.5}
+    assert train.scores(1, said, true) == pytest.approx(expected)
+    assert train.scores(1, said, torch.ones(4)) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_scores_are_those_of_scikit_learn_and_scipy():
+    metrics = pytest.importorskip("sklearn.metrics")
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 4):
+        said, true = torch.randint(classes, (2, 50), generator=generator)
+        said[said == 3] = 0  # a class that is never said
+        found = train.scores(classes, said.float(), true.float())
+        assert found["accuracy"] == pytest.approx(metrics.accuracy_score(true, said))
+        assert found["f1"] == pytest.approx(metrics.f1_score(true, said, average="macro"))
+        if classes == 2:
+            assert found["matthews"] == pytest.approx(metrics.matthews_corrcoef(true, said))
+    said = torch.randn(50, generator=generator).round(decimals=1)  # with ties
+    true = said + torch.randn(50, generator=generator).round()
+    found = train.scores(1, said, true)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(said, true).statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(said, true).statistic)
+
+
+@pytest.mark.parametrize("column", ["score", "label"])
+def test_scores_are_learned_by_squared_error_with_one_output(home, capsys, column):
+    rng = random.Random(0)
+    rows = []
+    for i in range(200):
+        count = rng.randint(0, 8)
+        words = " ".join(["rank"] * count + ["time"] * (8 - count))
+        rows.append(f"{words} {i % 7}\t{count / 2 - 100}")  # -100 is a score as any other
+    write_lines("t.tsv", f"sentence\t{column}", rows)
+    line = f"{TINY} --task t.tsv --method full --steps 150 --batch-size 16 --lr 0.05"
+    finished = run(line)
+    first, last = finished.log[0], finished.log[-1]
+    true = torch.tensor([targets[-1] for _, targets in finished.examples["test"]])
+    assert first["test_loss"] == pytest.approx(true.square().mean().item(), rel=1e-5)
+    assert last["test_loss"] < 2 and last["test_pearson"] > 0.5 and last["test_spearman"] > 0.5
+    assert finished.model.head.shape == (1, 16)
+    assert "squared error" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------- prompts and answers
+
+
+def test_a_prompt_and_its_answer_train_on_the_answer_and_are_scored_as_greedy_writing(home, capsys):
+    kinds = [(word, kind) for kind, words in WORDS.items() for word in words]
+    rows = [f"{word} {i}\t{kind} {i % 2}" for i in range(20) for word, kind in kinds]
+    write_lines("t.tsv", "prompt\tanswer", rows)
+    finished = run(f"{TINY} --task t.tsv --method full --steps 60 --batch-size 16 --lr 0.01")
+    tokenizer, gpt, end = finished.tokenizer, finished.model.eval(), 0
+    answers = {row.texts[0]: row.answer for row in finished.task.rows}
+    loss = count = right = 0
+    for inputs, targets in finished.examples["test"]:
+        known = targets != data.NO_TARGET
+        prompt = inputs[: known.int().argmax() + 1].tolist()
+        answer = targets[known].tolist()
+        assert prompt[-1] == answer[-1] == end
+        assert answers[tokenizer.decode(prompt)] == tokenizer.decode(answer)
+        logits = gpt(inputs[None])[0, len(prompt) - 1 :]  # all that predict the answer
+        loss += F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        count += len(answer)
+        right += model.generate(gpt, prompt, len(answer), top_k=1)[len(prompt) :] == answer
+    last = finished.log[-1]
+    assert last["test_loss"] == pytest.approx(loss / count, rel=1e-4)
+    assert last["test_exact_match"] == pytest.approx(right / len(finished.examples["test"]))
+    assert 0.1 < last["test_exact_match"] < 0.9
+    told = capsys.readouterr().out.partition("after adapting")[2]
+    assert f"perplexity {math.exp(last['test_loss']):.2f}, exact match" in told
+    assert told.count("\nprompt  ") == told.count("\nanswer  ") == told.count("\ngenerated  ") == 3
+
+
+def test_an_answer_longer_than_the_context_leaves_half_of_it_to_the_prompt(tokenizer):
+    write_lines("t.tsv", "prompt\tanswer", [f"{'rank ' * 30}{i}\t{'time ' * 30}" for i in range(9)])
+    _, examples, told = examples_of("t.tsv", tokenizer)
+    for inputs, targets in examples["train"]:
+        assert len(inputs) == 16 and (targets != data.NO_TARGET).sum() == 8
+    assert "9 cut to 16 tokens" in told
+
+
+def test_the_texts_of_a_meaning_of_e2e_stay_in_one_split(tokenizer):
+    rows = [f"name : {i // 3}|| text {i} || more. \r" for i in range(60)] + ["", " "]
+    write_lines("e2e.txt", None, rows)
+    task, examples, _ = examples_of("e2e.txt", tokenizer, 64)
+    row = task.rows[4]
+    assert (task.kind, row.texts, row.answer) == ("text", ("name : 1",), "text 4 || more.")
+    meanings = []
+    for rows in examples.values():
+        prompts = [i[: (t >= 0).int().argmax()] for i, t in rows]
+        meanings.append({tokenizer.decode(prompt.tolist()) for prompt in prompts})
+    assert sum(map(len, meanings)) == len(set.union(*meanings)) == 20
+    write_lines("e2e.txt", None, ["a||b", "no text||"])
+    with pytest.raises(ValueError, match=r"^task e2e.txt: line 2 is not meaning\|\|text"):
+        data.load_task("e2e.txt")
+
+
+def write_squad(passage: str, answers: list, question: str = "where?") -> None:
+    articles = []
+    for i in range(20):
+        qas = [{"id": str(i), "question": question, "answers": answers}]
+        articles.append({"paragraphs": [{"context": f"{passage} {i}", "qas": qas}]})
+    Path("squad.json").write_text(json.dumps({"data": articles}), encoding="utf-8")
+
+
+def test_a_passage_of_squad_is_cut_to_the_answer_in_training_and_to_its_start_in_evaluation(
+    tokenizer,
+):
+    passage = "é😀 " * 20 + "the rank is here " + "and more " * 20
+    for start, answers in ((60, "the rank"), (77, "and"), (None, "unanswerable")):
+        found = [] if start is None else [{"text": answers, "answer_start": start}]
+        write_squad(passage, found)
+        task, examples, told = examples_of("squad.json", tokenizer, 48)
+        assert "20 cut to 48 tokens" in told
+        assert {row.answer for row in task.rows} == {answers}
+        for split, rows in examples.items():
+            for inputs, targets in rows:
+                known = targets != data.NO_TARGET
+                read = tokenizer.decode(inputs[: known.int().argmax()].tolist())
+                assert read.endswith("where?")
+                assert read.startswith("é😀 é😀") == (split != "train" or start is None)
+                assert (answers in read) == (split == "train" and start is not None)
+                assert tokenizer.decode(targets[known].tolist()) == answers
+    _, examples, told = examples_of("squad.json", tokenizer, 512)
+    assert "0 cut to 512 tokens" in told
+
+
+@pytest.mark.parametrize(
+    "passage, answers, question",
+    [
+        ("é the rank", [{"text": "the", "answer_start": 3}], "where?"),  # counted in bytes
+        ("the rank", [{"text": "the", "answer_start": -20}], "where?"),
+        ("the rank", [{"text": "the", "answer_start": "0"}], "where?"),
+        ("the rank", [{"text": "", "answer_start": 0}], "where?"),
+        ("the rank", {"text": ["the"], "answer_start": [0]}, "where?"),  # datasets' own layout
+        ("the rank", [], None),
+    ],
+)
+def test_what_is_not_squad_is_one_line(home, passage, answers, question):
+    write_squad(passage, answers, question)
+    with pytest.raises(ValueError, match="^task squad.json: not SQuAD's JSON, or cut short"):
+        data.load_task("squad.json")
+    whole = Path("squad.json").read_text()
+    Path("squad.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="^task squad.json: not SQuAD's JSON, or cut short"):
+        data.load_task("squad.json")
+
+
+# --------------------------------------------------------------------- folders of GPT-2
+
+
+def change_json(path: str, **changes) -> None:
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
+
+
+def test_a_tokenizer_forgets_truncation_and_padding_and_an_end_tokens_letters_are_letters(home):
+    publish_gpt2("tiny")
+    text = "the rank of the core grows <|endoftext|> and more"
+    plain = train.open_base(model.load_gpt2("tiny"), "tiny")[0].encode(text).ids
+    again = data.Tokenizer.from_file("tiny/tokenizer.json")
+    again.enable_truncation(4)
+    again.enable_padding(length=64)
+    again.save("tiny/tokenizer.json")
+    assert train.open_base(model.load_gpt2("tiny"), "tiny")[0].encode(text).ids == plain
+    assert len(plain) > 20 and data.end_token(again) not in plain
+
+
+def test_another_end_token_ends_texts_and_none_is_refused(home, capsys):
+    publish_gpt2("tiny")
+    words = Path("tiny/tokenizer.json").read_text()
+    line = f"{TEXT} --base tiny --context 8"
+    Path("tiny/tokenizer.json").write_text(words.replace("<|endoftext|>", "</s>"))
+    finished = run(line)
+    assert 0 in finished.examples["train"].tokens and data.end_token(finished.tokenizer) == 0
+    Path("tiny/tokenizer.json").write_text(words.replace("<|endoftext|>", "<nothing>"))
+    assert "its tokenizer has no token that ends a text" in refusal(line, capsys)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("activation_function", "gelu"),
+        ("layer_norm_epsilon", 1e-12),
+        ("n_inner", 40),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("add_cross_attention", True),
+        ("model_type", "gpt_neo"),
+    ],
+)
+def test_a_key_that_would_change_the_function_is_refused_by_name_and_value(home, key, value):
+    publish_gpt2("tiny")
+    same = {"n_inner": 48, "reorder_and_upcast_attn": True, "layer_norm_epsilon": 1e-5}
+    change_json("tiny/config.json", **same)
+    model.load_gpt2("tiny")
+    change_json("tiny/config.json", **{key: value})
+    with pytest.raises(ValueError, match=f"^base tiny: config.json has {key} {value}, and only"):
+        model.load_gpt2("tiny")
+
+
+@pytest.mark.parametrize(
+    "weights, said",
+    [
+        ({"score.weight": torch.ones(2, 12)}, "score.weight is of another kind of model"),
+        ({"lm_head.weight": torch.ones(300, 12)}, "its lm_head is not the token embedding"),
+        ({"h.0.mlp.c_fc.weight": torch.ones(12, 47)}, "weights do not fit"),
+        ({"model": {}}, "holds something else than tensors"),
+        ([], "holds something else than tensors"),
+        ({}, "its weights have no wte.weight"),
+        (b"version https://git-lfs.github.com/spec/v1\noid 1", "only points to it; run git lfs"),
+        (b"PK", "not weights that can be read"),
+        ("shards", "its weights are in several shards"),
+        ("tokenizer", "its tokenizer has 320 tokens and its model 300"),
+        ("letter", "tokenizer.json is not UTF-8 text"),
+        ("heads", "config.json has sizes that no GPT-2 has: .*heads=5, width=12"),
+    ],
+)
+def test_a_folder_that_is_no_plain_gpt2_is_one_line_that_says_what_it_is(
+    home, capsys, weights, said
+):
+    path = Path("tiny/pytorch_model.bin")
+    named = publish_gpt2("tiny")
+    if isinstance(weights, bytes):
+        path.write_bytes(weights)
+    elif weights == "shards":
+        path.rename("tiny/pytorch_model-00001-of-00002.bin")
+        Path("tiny/pytorch_model.bin.index.json").touch()
+    elif weights == "tokenizer":
+        larger = data.train_tokenizer(["more and more words of all kinds"] * 9, 320)
+        larger.add_tokens([f"word {i}" for i in range(320 - larger.get_vocab_size())])
+        larger.save("tiny/tokenizer.json")
+    elif weights == "letter":
+        words = Path("tiny/tokenizer.json").read_bytes()
+        Path("tiny/tokenizer.json").write_bytes(words[: words.index("Ġ".encode()) + 1])
+    elif weights == "heads":
+        change_json("tiny/config.json", n_head=5)
+    else:
+        torch.save(named | weights if weights else weights, path)
+    assert re.search(f"--base tiny.*{said}", refusal(f"{TEXT} --base tiny --context 8", capsys))
+
+
+# --------------------------------------------------------------------- trust, and no loss
+
+
+def test_resume_refuses_other_rows_text_weights_or_tokenizer_under_the_old_name(home, capsys):
+    run(f"{TEXT} --rank 2 --out text")
+    run(f"{TASK} --rank 2 --out task")
+    base = torch.load("base.pt", weights_only=True)
+    table = Path("task.tsv").read_text().splitlines()
+    words = json.loads(base["tokenizer"])
+    words["model"]["merges"] = words["model"]["merges"][:-1]
+    weights = base["model"] | {"wpe.weight": base["model"]["wpe.weight"] + 1e-6}
+    changes = [
+        ("task", "content of task.tsv", "task.tsv", [table[0], "a new one\tsize", *table[1:]]),
+        ("task", "content of task.tsv", "task.tsv", [table[0], *sorted(table[1:])]),
+        ("text", "content of text.txt", "text.txt", ["x" + Path("text.txt").read_text()[1:]]),
+        ("text", "weights of base.pt", "base.pt", base | {"model": weights}),
+        ("task", "tokenizer of base.pt", "base.pt", base | {"tokenizer": json.dumps(words)}),
+    ]
+    for folder, what, file, content in changes:
+        before = Path(file).read_bytes()
+        if isinstance(content, dict):
+            torch.save(content, file)
+        else:
+            write_lines(file, None, content)
+        said = refusal(f"--resume {folder}", capsys)
+        assert f"--resume {folder}: the {what} changed since then" in said
+        Path(file).write_bytes(before)
+        run(f"--resume {folder}")
+
+
+def test_a_full_disk_is_one_line_and_leaves_old_files_whole_and_nothing_else(home, capsys):
+    resource = pytest.importorskip("resource")
+    run(TEXT)
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # no file can get longer than the old adapter
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[Path("out/adapter.pt")]), limits[1]))
+        assert "out/checkpoint.pt: can't be written (File too large)" in refusal(TEXT, capsys)
+        assert "merged.pt: can't be" in refusal("--resume out --merge merged.pt", capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {*Path("out").iterdir()} == {*before} and not [*Path().glob("*merged*")]
+    assert Path("out/checkpoint.pt").read_bytes() == before[Path("out/checkpoint.pt")]
+    torch.load("out/adapter.pt", weights_only=True)
+
+
+def test_a_second_run_into_a_folder_needs_no_rename_that_replaces(home, monkeypatch):
+    def windows(source, target, **_):
+        raise FileExistsError(errno.EEXIST, "Cannot create a file when that file already exists")
+
+    monkeypatch.setattr(os, "rename", windows)
+    run(f"{TEXT} --out a")
+    run(f"{TEXT} --out b --seed 1")
+    run(f"{TEXT} --out a --seed 1")
+    assert_same_bits("a", "b")
+
+
+@pytest.mark.parametrize("name", ["a$b_{$ 100%.txt", "天 bytes\udcff.txt"])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_a_name_of_any_letters_survives_console_files_and_figure(home, capsys, name):
+    Path("text.txt").rename(name)
+    finished = run(f"{TINY} --data '{name}' --out 'out of {name}'")
+    assert draw_run(finished.log).startswith(b"\x89PNG")
+    run(f"--resume 'out of {name}'")
+
+
+def python_code(code: str, **environment) -> subprocess.CompletedProcess:
+    """This code with the project importable, as a process of its own."""
+    environment = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment
+    fast = "train.draw_run = lambda log: b''"
+    command = [sys.executable, "-c", f"import os, signal, train\n{fast}\n{code}"]
+    return subprocess.run(command, capture_output=True, env=os.environ | environment)
+
+
+def test_files_are_utf8_and_the_console_lives_whatever_the_locale_says(home):
+    publish_gpt2("tiny")
+    text = "Строка: съешь ещё этих мягких булок, да выпей чаю.\n" * 100
+    Path("text.txt").write_text(text, encoding="utf-8")
+    line = f"{TEXT} --base tiny --context 8".split()
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = python_code(f"train.main({line})", **ascii_only, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr
+    log = Path("out/log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(log[-1])["sample"].isprintable() is False and b"?" in done.stdout
+
+
+def test_a_rank_without_a_world_size_is_one_process():
+    assert python_code("print(train.PROCESS, train.WORLD)", RANK="3").stdout.split() == [b"0", b"1"]
+
+
+KILLED = """
+def write_bytes(path, content, write=train.Path.write_bytes, calls=[]):
+    calls.append(path)
+    if len(calls) == LAST:
+        write(path, bytes(content)[:99])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+
+train.Path.write_bytes = write_bytes
+"""
+
+
+@pytest.mark.parametrize("write", [5, 6, 10])
+def test_a_run_killed_while_it_writes_a_file_resumes_to_the_same_bits(home, write):
+    """After 8 steps it writes three files, after 16 three, then the picture and three."""
+    run(f"{TEXT} --out whole")
+    assert (
+        python_code(f"LAST = {write}{KILLED}train.main({TEXT.split()})").returncode
+        == -signal.SIGKILL
+    )
+    run("--resume out")
+    assert_same_bits("whole", "out")
+    assert Path("out/adapter.pt").read_bytes() == Path("whole/adapter.pt").read_bytes()
+    assert Path("out/run.png").exists() and '"end"' in Path("out/log.jsonl").read_text()
+
+
 # ------------------------------------------------------------------------- forks and README
 
 
@@ -1153,15 +1692,22 @@ def readme_code(marker: str) -> str:
     return re.search(pattern, (HERE / "README.md").read_text(), re.DOTALL).group(1)
 
 
-def test_readme_own_model_grows_to_the_budget_loads_and_its_attention_reads_adapted_weights():
+def test_readme_own_model_grows_to_the_budget_loads_and_its_attention_reads_adapted_weights(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}
-    exec(readme_code("own model"), names)
+    setup, optimizer, loop = readme_code("own model").partition("optimizer =")
+    exec(setup, names)
+    fresh = copy.deepcopy(names["model"]).eval()
+    exec(optimizer + loop, names)
+    load_adapter_state_dict(fresh, torch.load("adapter.pt", weights_only=True))
     adapters, allocator = names["adapters"], names["allocator"]
     assert len(adapters) == 6
     assert allocator.total_rank == allocator.budget == 24
     assert {adapter.rank for adapter in adapters.values()} != {4}
-    net, fresh, x = names["model"].eval(), names["fresh"].eval(), names["x"]
+    net, x = names["model"].eval(), names["x"]
     output = net(x)
     assert F.mse_loss(output, names["y"]) < 1.5
     assert torch.equal(fresh(x), output)
@@ -1191,3 +1737,514 @@ def test_readme_fork_trains_grows_saves_and_draws(home):
     assert Path("out/run.png").stat().st_size > 10_000
     saved = torch.load("out/adapter.pt", weights_only=True)
     assert len(saved["blocks.0.q.lora_E"]) == log[-1]["ranks"]["blocks.0.q"]
+
+
+# ----------------------------------------------------------------------- other people's models
+
+
+class Conv1D(nn.Module):
+    """As in transformers' GPT-2: x W + b, with W (d_in, d_out)."""
+
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.ones(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def shake(adapters: dict) -> None:
+    """Uneven ranks and random numbers, as after a training."""
+    for i, adapter in enumerate(adapters.values()):
+        adapter.grow(i % 3 + 1)
+        for name in adapter.GROWS_ALONG:
+            nn.init.normal_(getattr(adapter, name), std=0.3)
+
+
+def train_load_merge(net, targets, x, tolerance=1e-5):
+    """Trains with growth and merges; loading what was saved, and merging, keep the outputs."""
+    base = net.eval()(x)
+    adapters = add_adapters(net, targets, rank=3, init_rank=2)
+    fresh = copy.deepcopy(net)
+    optimizer = adamw(net.train())
+    settings = {"target_rank": 3, "total_steps": 6, "warmup": 1, "interval": 1}
+    allocator = allocator_of(adapters, optimizer, **settings)
+    for t in range(1, 7):
+        optimizer.zero_grad()
+        net(x).float().square().mean().backward()
+        optimizer.step()
+        allocator.step(t)
+    assert allocator.total_rank == allocator.budget
+    output = net.eval()(x)
+    load_adapter_state_dict(fresh, adapter_state_dict(net))
+    assert torch.equal(fresh(x), output)
+    for name, buffer in net.named_buffers():
+        assert torch.equal(fresh.get_buffer(name), buffer)
+    merge_adapters(net)
+    assert (net(x) - output).norm() < tolerance * output.norm()
+    assert (base - output).norm() > 3 * tolerance * output.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_a_conv1d_trains_grows_loads_and_merges_into_a_conv1d(device, dtype, tolerance):
+    torch.manual_seed(0)
+    net = nn.Sequential(Conv1D(10, 6), nn.Tanh(), Conv1D(5, 10)).to(device, dtype)
+    train_load_merge(net, ["0", "2"], torch.randn(2, 7, 6).to(device, dtype), tolerance)
+    assert type(net[0]) is type(net[2]) is Conv1D
+
+
+def test_statistics_that_change_without_a_gradient_are_saved_and_loaded():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    net.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))  # is allowed to be infinite
+    train_load_merge(net, ["0", "3"], 3 * torch.randn(64, 8) + 2)
+
+
+def hub_model(kind: str) -> nn.Module:
+    """A tiny one of transformers, which need not be installed."""
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "GPT2LMHeadModel": {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2},
+        "LlamaForCausalLM": {"num_attention_heads": 4, "num_key_value_heads": 2},
+        "BertForSequenceClassification": {"num_attention_heads": 4, "num_labels": 3},
+    }[kind]
+    if kind != "GPT2LMHeadModel":
+        settings |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = getattr(transformers, kind)
+    torch.manual_seed(0)
+    return model(model.config_class(vocab_size=60, tie_word_embeddings=False, **settings))
+
+
+class Logits(nn.Module):
+    def __init__(self, kind: str):
+        super().__init__()
+        self.model = hub_model(kind)
+
+    def forward(self, ids):
+        return self.model(ids).logits
+
+
+def test_gpt2_of_transformers_trains_grows_loads_and_merges_into_conv1d():
+    net = Logits("GPT2LMHeadModel")
+    train_load_merge(net, "c_attn|c_proj|c_fc", torch.arange(18).view(2, 9))
+    layer = net.model.transformer.h[1].mlp.c_fc
+    assert type(layer).__module__ == "transformers.pytorch_utils"
+
+
+class Own(nn.Linear):
+    pass
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class GivesInputBack(nn.Linear):
+    def forward(self, x):
+        return x
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, args, output: 3 * output)
+    return layer
+
+
+def replaced(layer):
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) - 1  # as accelerate's hooks do
+    return layer
+
+
+LINEAR_AFTER_ALL = {
+    "subclass": lambda: Own(8, 8),
+    "own forward": lambda: Doubled(8, 8, bias=False),
+    "gives its input back": lambda: GivesInputBack(8, 8),
+    "weight_norm of old": lambda: nn.utils.weight_norm(nn.Linear(8, 8)),
+    "spectral_norm of old": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "pruned": lambda: pruned(nn.Linear(8, 8, bias=False)),
+    "pruned Conv1D": lambda: pruned(Conv1D(8, 8)),
+    "hook": lambda: hooked(nn.Linear(8, 8)),
+    "hook on Conv1D": lambda: hooked(Conv1D(8, 8)),
+    "forward of the instance": lambda: replaced(nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the old norms are deprecated
+@pytest.mark.parametrize("kind", LINEAR_AFTER_ALL)
+def test_a_layer_that_computes_its_weight_starts_as_it_was_trains_and_merges_into_a_linear(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(LINEAR_AFTER_ALL[kind](), nn.Tanh(), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 5, 8)
+    given = x.clone()
+    base = net(x).detach()
+    adapters = add_adapters(net, ["0"], rank=3, init_rank=2, dropout=0.5)
+    net.eval()
+    assert torch.equal(net(x), base)
+    shake(adapters)
+    output = net(x)
+    output.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in trained(net))
+    assert torch.equal(x, given)
+    net.train()
+    merge_adapters(net).eval()
+    assert isinstance(net[0], nn.Linear) and {*net[0]._parameters} == {"weight", "bias"}
+    assert not trained(net)
+    torch.testing.assert_close(net(x), output, rtol=1e-4, atol=1e-5)
+
+
+class Relu(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class AlmostLinear(nn.Linear):
+    def forward(self, x):
+        return (0.01 * super().forward(x)).tanh()
+
+
+class SeldomRelu(nn.Linear):
+    def forward(self, x):
+        return (super().forward(x) + 20).relu()
+
+
+class OverTime(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).cumsum(dim=-2)
+
+
+@pytest.mark.parametrize("kind", [Relu, AlmostLinear, SeldomRelu, OverTime])
+def test_a_layer_that_is_not_linear_is_adapted_and_merging_refuses_and_changes_nothing(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), kind(8, 8), nn.Linear(8, 8))
+    x = torch.randn(2, 3, 8)
+    base = net(x)
+    adapters = add_adapters(net, "[0-2]", rank=3, init_rank=2)
+    assert torch.equal(net(x), base)
+    nn.init.normal_(adapters["0"].lora_B)
+    output = net(x)
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: [^\n]*can't be merged$"):
+        merge_adapters(net)
+    assert [*net] == [*adapters.values()]
+    assert net.training and torch.equal(net(x), output)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_of_bitsandbytes_starts_as_it_was_trains_and_merges_into_a_linear(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 64).bfloat16()
+    packed = bnb.nn.Linear4bit(64, 64)
+    if bits == 8:
+        packed = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    packed.load_state_dict(plain.state_dict())
+    packed.bias = plain.bias
+    net = nn.Sequential(packed.to("cpu"))
+    x = torch.randn(3, 64).bfloat16()
+    base = net(x)
+    adapters = add_adapters(net, ["0"], rank=6, init_rank=2)
+    assert torch.equal(net(x), base)
+    shake(adapters)
+    output = net(x)
+    output.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in trained(net))
+    assert type(merge_adapters(net)[0]) is nn.Linear
+    assert (net(x) - output).norm() < 0.02 * output.norm()  # 8 bits of an input
+
+
+def test_an_output_that_others_hold_is_not_added_to():
+    held = []
+
+    def keep(module, args, output):
+        held.append(output)
+
+    def ask_for_gradient(module, args, output):
+        output.requires_grad_()  # a leaf, if nothing before it is trained
+        held.append(output)
+
+    layer = nn.Linear(8, 8)
+    linears = [copy.deepcopy(layer) for _ in range(4)]
+    linears[0].register_forward_hook(keep)
+    linears[1].register_forward_hook(ask_for_gradient)
+    forward = linears[2].forward
+    linears[2].forward = lambda x: held.append(forward(x)) or held[-1]
+    linears[3].register_full_backward_hook(lambda module, before, after: held.append(layer(x)))
+    x = torch.randn(2, 3, 8)
+    for linear in linears:
+        net = nn.Sequential(linear)
+        adapters = add_adapters(net, ["0"], rank=2)
+        nn.init.ones_(adapters["0"].lora_B)
+        net(x.clone().requires_grad_(linear is linears[3])).sum().backward()
+        assert adapters["0"].lora_A.grad.abs().sum() > 0
+        torch.testing.assert_close(held.pop(), layer(x))
+
+
+def count_dense(monkeypatch) -> list:
+    made = []
+    delta_weight = LoRALinear.delta_weight
+    monkeypatch.setattr(LoRALinear, "delta_weight", lambda a: made.append(a) or delta_weight(a))
+    return made
+
+
+def test_a_weights_type_shape_and_device_make_no_dense_matrix(monkeypatch):
+    made = count_dense(monkeypatch)
+    for layer in (nn.Linear(6, 5), Conv1D(5, 6)):
+        layer.bfloat16()
+        net = nn.Sequential(layer)
+        adapter = add_adapters(net, ["0"], rank=2)["0"]
+        nn.init.ones_(adapter.lora_B)
+        weight = net[0].weight
+        assert weight.dtype == torch.bfloat16
+        assert weight.shape == layer.weight.shape and weight.device.type == "cpu"
+        assert made == []
+        delta = adapter.delta_weight().T if type(layer) is Conv1D else adapter.delta_weight()
+        assert torch.equal(weight + 0, (layer.weight + delta).bfloat16())
+        made.clear()
+
+
+def test_t5_which_asks_for_a_type_in_each_forward_makes_no_dense_matrix(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=60, decoder_start_token_id=0, **sizes)
+    net = transformers.T5ForConditionalGeneration(config)
+    add_adapters(net, ["wi", "wo", "q"], rank=2)
+    made = count_dense(monkeypatch)
+    ids = torch.arange(9)[None]
+    net(input_ids=ids, labels=ids).loss.backward()
+    assert made == []
+
+
+def test_an_optimiser_that_lost_an_adapter_is_told_at_the_next_step_also_where_none_grows():
+    for t in (1, 4):  # 1 is in the warm-up
+        net, adapters = adapted()
+        optimizer = adamw(net)
+        allocator = allocator_of(adapters, optimizer)
+        adapters["second"].grow(1)  # without the optimizer
+        with pytest.raises(ValueError, match="^optimizer: it lacks tensors of second"):
+            allocator.step(t)
+
+
+def test_adapters_that_were_loaded_without_the_allocators_state_are_told():
+    net, adapters = adapted()
+    optimizer = adamw(net)
+    allocator = allocator_of(adapters, optimizer)
+    for t in range(1, 9):
+        fit(net, optimizer)
+        allocator.step(t)
+    for forgotten in (True, False):
+        other, other_adapters = adapted()
+        optimizer = adamw(other)
+        resumed = allocator_of(other_adapters, optimizer)
+        load_adapter_state_dict(other, adapter_state_dict(net), optimizer)
+        if not forgotten:
+            resumed.load_state_dict(allocator.state_dict())
+        with pytest.raises(ValueError, match="state_dict after") if forgotten else nullcontext():
+            resumed.step(9)
+
+
+# --------------------------------------------------------------------------------- export_lora
+
+
+def assert_peft_agrees(net, plain, x, folder):
+    """The files of net on the base `plain`: the same outputs, also after peft's own merging."""
+    peft = pytest.importorskip("peft")
+    export_lora(net.eval(), folder, base="there")
+
+    def output(model):
+        result = model(x)
+        return result if torch.is_tensor(result) else result.logits
+
+    expected = output(net)
+    assert (output(plain.eval()) - expected).abs().max() > 0.01
+    served = peft.PeftModel.from_pretrained(plain, folder).eval()
+    torch.testing.assert_close(output(served), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(served.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        ("LlamaForCausalLM", "q_proj|v_proj|down_proj"),
+        ("BertForSequenceClassification", "query|dense"),
+        ("GPT2LMHeadModel", "c_attn|c_proj|c_fc|lm_head"),
+    ],
+)
+def test_peft_reads_the_files_and_computes_the_same_logits(kind, targets, tmp_path):
+    plain = hub_model(kind)
+    net = copy.deepcopy(plain)
+    shake(add_adapters(net, targets, rank=7, init_rank=2, alpha=5))
+    if kind.startswith("Bert"):
+        nn.init.normal_(net.classifier.requires_grad_(True).weight)
+    assert_peft_agrees(net, plain, torch.arange(18).view(2, 9), tmp_path)
+    config = json.loads(Path(tmp_path, "adapter_config.json").read_text())  # for other tools
+    assert config["fan_in_fan_out"] == kind.startswith("GPT2")
+    assert config["modules_to_save"] == (["classifier"] if kind.startswith("Bert") else None)
+
+
+def names_that_end_alike(inner: nn.Module) -> nn.Module:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(inner))
+    net.add_module("norm", nn.BatchNorm1d(8))
+    return net
+
+
+@pytest.mark.parametrize("inner", [nn.Linear(8, 8), nn.Tanh()])
+def test_names_that_end_alike_are_told_apart_and_statistics_are_exported(inner, tmp_path):
+    plain = names_that_end_alike(inner)
+    net = copy.deepcopy(plain)
+    shake(add_adapters(net, "0", rank=6, init_rank=2))
+    x = torch.randn(5, 8)
+    net(x)  # moves the statistics
+    assert_peft_agrees(net, plain, x, tmp_path)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.last = nn.Linear(8, 8, bias=False)
+        self.last.weight = self.first.weight
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.gate = nn.Parameter(torch.ones(8))
+
+
+def test_what_lora_files_cannot_hold_is_refused_in_one_line(tmp_path):
+    pytest.importorskip("safetensors")
+    attention = nn.ModuleDict({"self": nn.MultiheadAttention(8, 2)})
+    computed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    for net, targets, thaw, said in [
+        (attention, "out_proj", None, "self.out_proj: nn.MultiheadAttention never calls it"),
+        (Tied(), "last", None, "first.weight: another module shares it"),
+        (computed, ["0"], None, "0: its weight is computed"),
+        (Gated(), "q", "gate", "the model itself: is trained, too"),
+        (nn.Sequential(Gated()), "q", "0.gate", "0: is trained, too"),
+        (Gated(), "q", "q.base.bias", "q.base: is trained, too"),
+    ]:
+        add_adapters(net, targets, rank=2)
+        if thaw is not None:
+            net.get_parameter(thaw).requires_grad_(True)
+        with pytest.raises(ValueError, match=f"^{said}[^\n]*$"):
+            export_lora(net, tmp_path / "new")
+    with pytest.raises(ValueError, match="^the model has no adapters to export$"):
+        export_lora(Gated(), tmp_path / "new")
+    fork = nn.Sequential(DoRALinear(nn.Linear(8, 8), 2, 1.0))
+    with pytest.raises(ValueError, match="^0: DoRALinear is more than B A x"):
+        export_lora(fork, tmp_path / "new")
+    assert not Path(tmp_path, "new").exists()
+
+
+def test_older_files_are_replaced_and_all_stay_whole_if_one_cannot_be_written(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("safetensors")
+    net, adapters = adapted()
+
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    export_lora(net, tmp_path)
+    first = files()
+    adapters["first"].grow(1)
+    write = Path.write_bytes
+
+    def full_disk(path, content):
+        write(path, content[:9])
+        if "config" in path.name:
+            raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(Path, "write_bytes", full_disk)
+        export_lora(net, tmp_path)
+    assert files() == first
+    export_lora(net, tmp_path)
+    assert files().keys() == first.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert all(content != first[name] for name, content in files().items())
+
+
+# ----------------------------------------------------------------------------------- Trainer
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj = nn.Linear(6, 10)
+        self.v_proj = nn.Linear(10, 5)
+
+    def forward(self, x, labels):
+        logits = self.v_proj(self.q_proj(x).tanh())
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def trainer_run(tmp_path, **settings):
+    """README's block, 10 steps of two batches: its allocator, model, and batches as they came."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = Head()
+    adapters = add_adapters(model, ["q_proj", "v_proj"], rank=4, init_rank=2)
+    settings |= {"use_cpu": True, "save_strategy": "no", "report_to": []}
+    settings |= {"max_steps": 10, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    args = transformers.TrainingArguments(str(tmp_path), **settings)
+    rows = [{"x": torch.randn(6), "labels": i % 5} for i in range(160)]
+    growth = {"target_rank": 4, "warmup": 2, "interval": 1}
+    names = {"model": model, "adapters": adapters, "settings": growth, "args": args, "rows": rows}
+    batches = []
+    model.register_forward_pre_hook(
+        lambda module, args, batch: batches.append(batch), with_kwargs=True
+    )
+    made = []
+
+    def allocator(*parts, **own):
+        made.append(RankAllocator(*parts, **own))
+        return made[-1]
+
+    names |= {"transformers": transformers, "RankAllocator": allocator}
+    exec(readme_code("trainer"), names)
+    return made[0], model, batches
+
+
+def test_under_the_trainer_ranks_and_numbers_are_those_of_a_loop_by_hand(tmp_path, monkeypatch):
+    step = RankAllocator.step
+
+    def seeded(allocator, t):  # what a new rank starts as
+        torch.manual_seed(t)
+        return step(allocator, t)
+
+    monkeypatch.setattr(RankAllocator, "step", seeded)
+    allocator, model, batches = trainer_run(tmp_path)
+    assert len(batches) == 20 and allocator.total_rank == allocator.budget
+
+    net = Head()
+    adapters = add_adapters(net, ["q_proj", "v_proj"], rank=4, init_rank=2)
+    optimizer = torch.optim.AdamW(trained(net), weight_decay=0.0, fused=True)
+    by_hand = allocator_of(adapters, optimizer, total_steps=10, warmup=2, interval=1)
+    for t in range(1, 11):
+        optimizer.zero_grad()
+        for batch in batches[2 * t - 2 : 2 * t]:
+            (net(**batch)["loss"] / 2).backward()
+        nn.utils.clip_grad_norm_(trained(net), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-2 * ((11 - t) / 10)
+        optimizer.step()
+        by_hand.step(t)
+    expected = adapter_state_dict(net)
+    for name, tensor in adapter_state_dict(model).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_under_the_trainers_mixed_precision_the_budget_is_reached_and_all_is_finite(tmp_path):
+    allocator, model, _ = trainer_run(tmp_path, bf16=True)
+    assert allocator.total_rank == allocator.budget
+    assert {p.dtype for p in trained(model)} == {torch.float32}
+    assert all(p.isfinite().all() and p.any() for p in trained(model))

@@ -909,7 +909,8 @@ def finish(run: Run) -> None:
     """What is asked for after training."""
     args = run.args
     if args.generate is not None:
-        ids = run.tokenizer.encode(args.generate, add_special_tokens=False).ids
+        prompt = args.generate.encode(errors="replace").decode()  # a shell gives any bytes
+        ids = run.tokenizer.encode(prompt, add_special_tokens=False).ids
         if run.task or not ids:  # an answer, and any text, begins after an end token
             ids.append(data.end_token(run.tokenizer))
         ids = model.generate(run.model.eval(), ids)

@@ -32,7 +32,9 @@ def draw_run(log: list[dict]) -> bytes:
     settings = log[0]["settings"]
     before = log[0]["test_loss"]
     after = log[-1].get("test_loss")
-    result = f"test loss {before:.3f} to {after:.3f} nats" if after else f"test loss {before:.3f}"
+    result = f"test {loss_of(log)} {before:.3f}"
+    if after:
+        result += f" to {after:.3f}"
     what = f"{settings['method']}, {settings['schedule']} schedule"
     source = settings["task"] or settings["data"]
     source = source.encode(errors="replace").decode()  # a name need not be UTF-8
@@ -54,6 +56,11 @@ def draw_run(log: list[dict]) -> bytes:
     return file.getvalue()
 
 
+def loss_of(log: list[dict]) -> str:
+    """What the loss of a run is: a task of scores has another one."""
+    return "squared error" if "test_pearson" in log[0] else "loss (nats)"
+
+
 def draw_loss(axes, log: list[dict]) -> None:
     evals = [entry for entry in log if entry["kind"] == "eval"]
     steps = [entry["step"] for entry in evals]
@@ -61,7 +68,7 @@ def draw_loss(axes, log: list[dict]) -> None:
     val = [entry["val_loss"] for entry in evals]
     axes.plot(steps, train, color=GREY, linestyle="--", label="train")
     axes.plot(steps, val, color=BLUE, marker="o", label="validation")
-    axes.set(title="How well does it predict?", xlabel="step", ylabel="loss (nats)")
+    axes.set(title="How well does it predict?", xlabel="step", ylabel=loss_of(log))
     axes.legend()
 
 

@@ -63,16 +63,16 @@ PAPER = {
         "triadapt.py TriAdaptLinear.core",
         "triadapt.py unpack_triangle",
     ],
-    "the start, and what a new rank starts as": ["triadapt.py TriAdaptLinear.new_entries"],
-    "growth of a matrix: a column of B, a row of L, a column of U, a row of A": [
-        "triadapt.py LoRALinear.grow"
+    "the start, and growth: a column of B, a row of L, a column of U, a row of A": [
+        "triadapt.py TriAdaptLinear.new_entries",
+        "triadapt.py LoRALinear.grow",
     ],
     "Adam's state at growth": ["triadapt.py carry_state"],
     "r (d_in + d_out) + r (r + 1) trained numbers": ["test_triadapt.py test_trained_parameters"],
-    "importance F = ‖L + U‖_F / r, the normalised Frobenius norm": [
-        "triadapt.py TriAdaptLinear.importance"
+    "importance F = ‖L + U‖_F / r, the normalised Frobenius norm; score, the change of F": [
+        "triadapt.py TriAdaptLinear.importance",
+        "triadapt.py RankAllocator.scores",
     ],
-    "score: the change of F": ["triadapt.py RankAllocator.scores"],
     "dynamic threshold: k = ⌊Q m⌋, ⌊exp(m ln Q)⌋ or a constant; the k-th largest score": [
         "triadapt.py SCHEDULES",
         "triadapt.py RankAllocator.count",
