@@ -269,24 +269,29 @@ def module_rows() -> list[Row]:
 
 def squad_rows(path: Path) -> list[Row]:
     """SQuAD 1.1 and 2.0: passage and question, and the first of the answers."""
-    rows = []
     text = read_text("task", path)
+    rows = []
     try:
         for article in json.loads(text)["data"]:
             for paragraph in article["paragraphs"]:
-                passage = paragraph["context"]
                 for question in paragraph["qas"]:
-                    row = Row((passage, question["question"]), "unanswerable", source=passage)
-                    if question["answers"]:
-                        row.answer = question["answers"][0]["text"]
-                        start = row.answer_start = question["answers"][0]["answer_start"]
-                        if start < 0 or not row.answer or not passage.startswith(row.answer, start):
-                            raise ValueError(f"no {row.answer!r} at letter {start} of a passage")
-                    "".join((*row.texts, row.answer)).encode()  # fails for what is no text
-                    rows.append(row)
+                    rows.append(squad_row(paragraph["context"], **question))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"task {path}: not SQuAD's JSON, or cut short ({error!r})") from error
     return rows
+
+
+def squad_row(context: str, question: str, answers: list[dict], **_) -> Row:
+    row = Row((context, question), "unanswerable", source=context)
+    if answers:
+        row.answer = answers[0]["text"]
+        row.answer_start = answers[0]["answer_start"]
+        if row.answer_start < 0 or not context.startswith(row.answer, row.answer_start):
+            row.answer_start = context.find(row.answer)  # counted in bytes, or translated
+        if row.answer == "" or row.answer_start < 0:
+            raise ValueError(f"the answer {row.answer!r} is not in its passage")
+    "".join((context, question, row.answer)).encode()  # fails for what is no text
+    return row
 
 
 def e2e_rows(path: Path) -> list[Row]:
