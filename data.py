@@ -137,16 +137,20 @@ def open_tokenizer(json: str) -> Tokenizer:
 
 
 def end_token(tokenizer: Tokenizer) -> int:
-    """The number of the token that ends a text. Raises ValueError if the tokenizer has none."""
-    names = [END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]"]
-    known = [
-        tokenizer.token_to_id(name) for name in names if tokenizer.token_to_id(name) is not None
-    ]
-    if not known:
+    """The number of the token that ends a text: of a usual name, or else the only special one.
+
+    Raises ValueError if there is none.
+    """
+    for name in (END_OF_TEXT, "</s>", "<eos>"):
+        if tokenizer.token_to_id(name) is not None:
+            return tokenizer.token_to_id(name)
+    added = tokenizer.get_added_tokens_decoder()
+    special = [number for number, token in added.items() if token.special]
+    if len(special) != 1:
         raise ValueError(
             f"base: its tokenizer has no token that ends a text, as {END_OF_TEXT} does"
         )
-    return known[0]
+    return special[0]
 
 
 class Windows(Sequence):

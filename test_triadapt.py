@@ -1454,10 +1454,13 @@ def test_another_end_token_ends_texts_and_none_is_refused(home, capsys):
     publish_gpt2("tiny")
     words = Path("tiny/tokenizer.json").read_text()
     line = f"{TEXT} --base tiny --context 8"
-    Path("tiny/tokenizer.json").write_text(words.replace("<|endoftext|>", "</s>"))
-    finished = run(line)
-    assert 0 in finished.examples["train"].tokens and data.end_token(finished.tokenizer) == 0
-    Path("tiny/tokenizer.json").write_text(words.replace("<|endoftext|>", "<nothing>"))
+    for name in ("</s>", "<over>"):
+        Path("tiny/tokenizer.json").write_text(words.replace("<|endoftext|>", name))
+        finished = run(line)
+        assert 0 in finished.examples["train"].tokens and data.end_token(finished.tokenizer) == 0
+    none = words.replace("<|endoftext|>", "<over>").replace('"special": true', '"special": false')
+    none = none.replace('"special":true', '"special":false')
+    Path("tiny/tokenizer.json").write_text(none)
     assert "its tokenizer has no token that ends a text" in refusal(line, capsys)
 
 
