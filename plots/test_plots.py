@@ -27,7 +27,19 @@ import data
 import train
 from model import GPT, GPTConfig
 from plots import signals
-from plots.experiments import ablations, adalora, bench, cells, compare, defaults, low_data, planted
+from plots.experiments import (
+    ablations,
+    adalora,
+    bases,
+    bench,
+    cells,
+    compare,
+    defaults,
+    evidence,
+    low_data,
+    minilm,
+    planted,
+)
 from plots.figures import animate, draw, intervals, tables
 from triadapt import SCHEDULES, SIGNALS, RankAllocator, TriAdaptLinear, add_adapters
 
@@ -406,6 +418,109 @@ def test_adalora_is_pefts_and_counts_no_masked_rank(home, small_comparison, monk
     for p, ours in ((A, adalora.penalty_gradient(A)), (B, adalora.penalty_gradient(B.T).T)):
         theirs = p.grad / 2  # the hook has added the same once more
         assert torch.allclose(0.5 / 24 * ours, theirs, atol=1e-7) and theirs.abs().sum() > 0
+
+
+def test_a_long_pretraining_goes_on_where_it_was_and_is_made_once(home, monkeypatch):
+    monkeypatch.setattr(data, "documents", lambda name: Path("text.txt").read_text().split("\n"))
+    monkeypatch.setattr(bases, "GPTConfig", lambda: GPTConfig(300, 16, 1, 2, 16))
+    monkeypatch.setattr(bases, "SAVE_EVERY", 0)
+    whole = bases.pretrain(0, 6)
+    expected = torch.load(whole)["model"]
+    changed = whole.stat().st_mtime_ns
+    assert bases.pretrain(0, 6) == whole and whole.stat().st_mtime_ns == changed
+    assert bases.pretrain(1, 6) != whole
+    whole.unlink()
+
+    rate = train.learning_rate
+
+    def stop_at_4(step, *more):
+        if step == 4:
+            raise KeyboardInterrupt
+        return rate(step, *more)
+
+    prepared = bases.prepare(0, 6)
+    monkeypatch.setattr(bases, "prepare", lambda *_: prepared)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learning_rate", stop_at_4)
+        bases.pretrain(0, 6)
+    assert torch.load(whole.with_suffix(".part"))["step"] == 3
+    assert_same_bits(torch.load(bases.pretrain(0, 6))["model"], expected)
+    assert not whole.with_suffix(".part").exists()
+
+
+def test_a_setting_is_chosen_by_two_seeds_and_a_grid_whose_end_is_best_goes_on():
+    found = []
+    for run in evidence.runs_left([], "CoLA", "LoRA"):
+        assert len(evidence.runs_left(found, "CoLA", "LoRA")) == 16 - len(found)
+        loss = 1 / run["rate"] + run["second"] + run["seed"]
+        found.append(run | {"val": {"loss": loss}})
+    beyond = evidence.runs_left(found, "CoLA", "LoRA")
+    assert {(run["rate"], run["second"]) for run in beyond} == {(8e-3, 16), (8e-3, 32)}
+    found += [run | {"val": {"loss": math.inf}} for run in beyond]
+    left = evidence.runs_left(found, "CoLA", "LoRA")
+    assert {(run["rate"], run["second"]) for run in left} == {(4e-3, 16)}
+    assert [run["seed"] for run in left] == [*range(12)]
+    reported = left[0] | {"rate": 2e-3, "val": {"loss": 0.0}}  # chooses nothing
+    assert evidence.runs_left([*found, reported], "CoLA", "LoRA") == left
+
+
+@pytest.fixture
+def small_evidence(home, monkeypatch):
+    monkeypatch.setattr(evidence, "GPT_TASKS", {"prose": ["--data", "text.txt"]})
+    common = ["--steps", "10", "--batch-size", "4", "--eval-interval", "10", "--device", "cpu"]
+    monkeypatch.setattr(evidence, "GPT_COMMON", common)
+    monkeypatch.setattr(evidence, "RATES", {"GPT": [1e-5, 1e-2, 3.0], "MiniLM": [1e-5, 1e-2, 3.0]})
+    monkeypatch.setattr(evidence, "second_settings", lambda row: [1.0])
+    monkeypatch.setattr(evidence, "SELECTION", {"GPT": [(0, 100)], "MiniLM": [(0, 100)]})
+    monkeypatch.setattr(evidence, "REPORTED", {"GPT": [(0, 1)], "MiniLM": [(0, 1)]})
+    monkeypatch.setattr(bases, "prepare", lambda *_: (Path("base.pt"), None, None))
+
+
+CONTROLS = ["LoRA", "core, no growth", "worth", "ranks of worth", "ranks of worth, permuted"]
+
+
+def assert_controls_are_what_they_say(cells: list[dict]) -> None:
+    last = {cell["row"]: cell for cell in cells if cell["test"]}
+    assert last.keys() >= set(CONTROLS)
+    most = {row: last[row]["trainable"] for row in CONTROLS}
+    assert max(most.values()) == most["LoRA"], most
+    ranks = {row: cell["ranks"] for row, cell in last.items()}
+    assert len(set(ranks["core, no growth"].values())) <= 2
+    assert most["core, no growth"] > 0.9 * most["LoRA"]
+    assert ranks["ranks of worth"] == ranks["worth"] != ranks["ranks of worth, permuted"]
+    assert sorted(ranks["worth"].values()) == sorted(ranks["ranks of worth, permuted"].values())
+
+
+def test_the_evidence_of_gpt_runs_each_row_once_and_its_controls_are_what_they_say(
+    sweep, small_evidence
+):
+    found = sweep(evidence, "prose", "--rows", *CONTROLS, "norm", "full fine-tuning")
+    assert_controls_are_what_they_say(found)
+    last = {cell["row"]: cell["ranks"] for cell in found}
+    for kinds in (("q", "k", "v", "o"), ("fc", "proj")):  # of equal size
+        own = [r for name, r in last["worth"].items() if name.endswith(kinds)]
+        permuted = [last["ranks of worth, permuted"][n] for n in last["worth"] if n.endswith(kinds)]
+        assert sorted(own) == sorted(permuted)
+    assert sum(cell["test"] is not None for cell in found) == 7
+    assert all((cell["test"] is None) == (cell["seed"] == 100) for cell in found)
+
+
+def test_the_evidence_of_a_real_model_is_made_in_the_same_way(sweep, small_evidence, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=300, intermediate_size=32, **sizes)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained("bert")
+    data.train_tokenizer(data.documents("text.txt"), 300).save("bert/tokenizer.json")
+    Path("CoLA").mkdir()
+    for name in ("train", "dev"):
+        lines = [f"gj\t{i % 2}\t\tthe {'rank' if i % 2 else 'core'} {i}\n" for i in range(40)]
+        Path(f"CoLA/{name}.tsv").write_text("".join(lines))
+    monkeypatch.setattr(minilm, "model_folder", lambda: Path("bert").absolute())
+    measure = minilm.measure
+    monkeypatch.setattr(minilm, "measure", lambda *a, **more: measure(*a, **more, steps=10))
+    found = sweep(evidence, "CoLA", "--rows", *CONTROLS)
+    assert_controls_are_what_they_say(found)
+    assert {"loss", "accuracy", "f1", "matthews"} == found[-1]["test"].keys()
 
 
 def keep_run(runs: list):

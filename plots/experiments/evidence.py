@@ -10,6 +10,7 @@ The rules, written before the first run and not changed after it:
 1. Splits. A row's setting is chosen by its mean validation loss over two selection seeds, 100 and
    101 (of GPT on bases 0 and 1), which are not reported. Only reported runs read the test split,
    once, after training. CoLA and SST-2: dev is the test split, a tenth of train the validation.
+   A run that diverges has an infinite loss.
 2. Effort. Each row chooses among four learning rates x two values of a second setting: the core's
    rate over that of A and B (1, 0.1) where a core is trained, alpha (16, 32) where none is, and
    rates in between for full fine-tuning. If the best rate is the lowest or highest that was tried,
@@ -32,6 +33,8 @@ A line of plots/results/evidence.jsonl is a finished run with its settings, and 
 import argparse
 import contextlib
 import io
+import itertools
+import math
 import random
 import shutil
 import statistics
@@ -146,16 +149,13 @@ def start_ranks(run: dict, found: list[dict], adapters: dict[str, LoRALinear]) -
     """{name: rank} of the rows that begin with ranks of their own."""
     sizes = {name: a.in_features + a.out_features for name, a in adapters.items()}
     if ROWS[run["row"]][0] == "triadapt":
-        # A core costs r (r + 1) numbers: the first matrices get the whole rank, the last one less.
-        left = RANK * sum(sizes.values()) - sum(
-            (RANK - 1) * (size + RANK) for size in sizes.values()
-        )
-        ranks = {}
-        for name, size in sizes.items():
-            whole = left >= size + 2 * RANK
-            ranks[name] = RANK if whole else RANK - 1
-            left -= (size + 2 * RANK) * whole
-        return ranks
+        # A core costs r (r + 1) numbers more: the first matrices get one rank more than the last.
+        ranks = dict.fromkeys(sizes, 1)
+        for name in itertools.cycle(sizes):
+            grown = ranks | {name: ranks[name] + 1}
+            if sum(r * (sizes[n] + r + 1) for n, r in grown.items()) > RANK * sum(sizes.values()):
+                return ranks
+            ranks = grown
 
     ranks = ranks_of_worth(found, run)
     if run["row"].endswith("permuted"):
@@ -183,16 +183,22 @@ def measure(run: dict, found: list[dict], folder: str, options: list[str]) -> di
     settings = {"method": method, "score": score, "init_rank": init_rank}
     settings["alpha"] = run["second"] if method == "lora" else 16
     settings["core_lr_ratio"] = run["second"] if method == "triadapt" else 1.0
-    read_test = (run["base"], run["seed"]) in REPORTED[model_of(run["task"])]
     give = give_ranks if start else None
-    with contextlib.redirect_stdout(io.StringIO()):
-        if model_of(run["task"]) == "GPT":
-            result = measure_gpt(run, rate, settings, give, options)
-        else:
-            result = minilm.measure(
-                folder, run["seed"], rate, give_ranks=give, read_test=read_test, **settings
-            )
-    if not read_test:
+    reported = (run["base"], run["seed"]) in REPORTED[model_of(run["task"])]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            if model_of(run["task"]) == "GPT":
+                result = measure_gpt(run, rate, settings, give, options)
+            else:
+                more = {"give_ranks": give, "read_test": reported}
+                result = minilm.measure(folder, run["seed"], rate, **settings, **more)
+    except (FloatingPointError, ValueError) as error:
+        if " nan" not in str(error):  # of the loss, or of a score
+            raise
+        result = {"val": {"loss": math.inf}, "test": {"loss": math.inf}, "ranks": {}}
+    if not math.isfinite(result["val"]["loss"]):
+        result["val"]["loss"] = math.inf
+    if not reported:
         result["test"] = None
     return run | result | {"settings": settings, "torch": torch.__version__}
 
