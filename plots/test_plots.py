@@ -629,10 +629,27 @@ def test_the_backwards_by_hand_of_the_benchmark_are_autograds(method):
 # -------------------------------------------------------------------------------- intervals
 
 
-def test_the_quantiles_are_students():
-    special = pytest.importorskip("scipy.special")
-    expected = [special.stdtrit(n, 0.975) for n in range(1, 31)]
-    assert list(intervals.T) == pytest.approx(expected, abs=1e-4)
+def test_quantiles_and_p_values_are_those_of_students_t_in_a_printed_table():
+    for level, freedom, t in [(0.95, 1, 12.7062), (0.95, 11, 2.2010), (0.99, 4, 4.6041)]:
+        assert intervals.t_quantile(level, freedom) == pytest.approx(t, abs=1e-4)
+        assert intervals.p_of_t(-t, freedom) == pytest.approx(1 - level, abs=1e-5)
+    # A mean of 2 with an error of 1 / sqrt(3): t is 2 sqrt(3), and p of it, with 2 degrees, .0742.
+    assert intervals.p_value([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_holm_multiplies_the_smallest_p_by_all_the_next_by_one_less_and_never_falls():
+    adjusted = intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
+    assert adjusted == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
+
+
+def test_the_smallest_visible_mean_is_seen_in_four_of_five_samples():
+    generator = torch.Generator().manual_seed(0)
+    seen = 0
+    for _ in range(500):
+        noise = torch.randn(12, generator=generator).double()
+        visible = intervals.smallest_visible((noise / noise.std()).tolist())
+        seen += intervals.clear_side((noise + visible).tolist()) == 1
+    assert seen / 500 == pytest.approx(0.8, abs=0.06)
 
 
 def test_an_interval_is_the_mean_plus_and_minus_t_s_over_root_n():
