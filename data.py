@@ -39,7 +39,7 @@ SPLITS = ("train",) * 8 + ("val", "test")
 # In each class, the source with the i-th most rows belongs to TASK_SPLITS[i % 5]; where a task has
 # a test set of its own, to VAL_SPLITS[i % 10].
 TASK_SPLITS = ("train", "val", "test", "train", "train")
-VAL_SPLITS = ("val",) + ("train",) * 9
+VAL_SPLITS = ("train",) * 9 + ("val",)
 
 # Folders and files that no person wrote to be read: tests, generated tables, installed packages.
 NOT_CODE = re.compile(
@@ -127,9 +127,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return open_tokenizer(tokenizer.to_str())
 
 
-def open_tokenizer(json: str) -> Tokenizer:
-    """A tokenizer from its file, without what this may remember of a call: truncation, padding."""
-    tokenizer = Tokenizer.from_str(json)
+def open_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer from its JSON, without what this may remember of a call: truncation, padding."""
+    tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # an end token's letters in a text are only letters
@@ -209,7 +209,7 @@ def text_examples(
 class Row:
     texts: tuple[str, ...]
     answer: str | float  # the name of a class, a score, or a text to be written
-    source: object  # rows of one source never come into two splits
+    source: object  # rows of one source never come into two splits, but a test set of its own
     place: str = field(default="", repr=False)  # file and line, for messages
     is_test: bool = False  # in a task's own test set
     answer_start: int | None = None  # the letter of texts[0] where the answer begins, if it does
@@ -358,7 +358,10 @@ def table_task(path: Path, test_path: Path | None = None) -> Task:
         if task.kind == "score":
             missing = number is None or not math.isfinite(number)
         if missing:
-            raise ValueError(f"task {row.place} has no {answer}; delete it")
+            mark = f" ({row.answer} means none)" if row.answer else ""
+            raise ValueError(
+                f"task {row.place} has no {answer}{mark}; delete the row, or rename it"
+            )
         if task.kind == "score":
             row.answer = number
         elif task.kind == "class" and all_numbers:
@@ -411,7 +414,8 @@ def table_lines(path: Path) -> list[tuple[int, list[str]]]:
     """(line number, cells) of each row that is not blank, the header included.
 
     As pandas and Excel write tables, a cell in quotes may hold tabs, line ends and doubled quotes;
-    in GLUE's a quote is a letter. A table is of the first kind if all of it can be read so.
+    in GLUE's a quote is a letter. A table is of the first kind if all of it can be read so. It is
+    an error if only the last of several quotes never closes.
     """
     text = read_text("task", path)
     plain = []
@@ -477,10 +481,10 @@ def task_examples(
         if room < 0:
             raise ValueError(f"context {context}: too short for {len(parts)} texts and an answer")
         if row.answer_start is not None and split == "train":
+            # In evaluation nobody knows where the answer is, so there a passage keeps its start.
             begin = encoded[0].char_to_token(row.answer_start) or 0
-            size = max(room // 2, room - len(parts[1]))
-            first = max(0, min(begin - (size - len(answer)) // 2, len(parts[0]) - size))
-            parts[0] = parts[0][first:]
+            passage_room = max(room // 2, room - len(parts[1]))
+            parts[0] = from_before(parts[0], begin, len(answer), passage_room)
         prompt = [number for part in cut(parts, room) for number in (*part, end)]
 
         inputs = torch.tensor(prompt + answer[:-1], dtype=torch.long)
@@ -509,6 +513,13 @@ def split_rows(task: Task) -> list[tuple[str, Row]]:
     return [(split_of[row.is_test, row.source], row) for row in task.rows]
 
 
+def from_before(passage: list[int], begin: int, length: int, room: int) -> list[int]:
+    """A passage from where `room` tokens hold the answer, which is at `begin`, in their middle."""
+    first = begin - (room - length) // 2
+    first = min(first, len(passage) - room)
+    return passage[max(0, first) :]
+
+
 def cut(parts: list[list[int]], room: int) -> list[list[int]]:
     """The beginnings of texts, `room` tokens together: the longest loses its end first."""
     lengths = [len(part) for part in parts]
@@ -529,7 +540,7 @@ def in_words(task: Task, examples: dict, too_long: int, context: int) -> str:
         lines.append("classes   " + ", ".join(f"{name} {counts[name]}" for name in task.classes))
     sizes = ", ".join(f"{split} {len(rows)}" for split, rows in examples.items())
     lines.append(f"rows      {sizes}; {too_long} cut to {context} tokens")
-    if at_odds:
+    if at_odds and task.kind != "text":
         lines.append(
             f"          {at_odds} texts stand there more than once, with different answers"
         )

@@ -180,7 +180,8 @@ def load_gpt2(name: str) -> dict:
     numbers = [config.vocab_size, config.context, config.layers, config.heads, config.width]
     if not all(isinstance(n, int) and n > 0 for n in numbers) or config.width % config.heads:
         raise ValueError(f"base {name}: config.json has sizes that no GPT-2 has: {config}")
-    for key in sorted(unlike):
+    if unlike:
+        key = min(unlike)
         raise ValueError(
             f"base {name}: config.json has {key} {sizes[key]}, and only {fixed[key][0]} works here"
         )

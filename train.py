@@ -321,6 +321,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(step / rise, 0.1 + 0.9 * fall)
 
 
+def parameter_groups(net: nn.Module, core_lr_ratio: float) -> list[dict]:
+    """What an optimizer trains: the cores L + U have a learning rate of their own."""
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
+    others = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
+    return [{"params": others, "lr_ratio": 1.0}, {"params": core, "lr_ratio": core_lr_ratio}]
+
+
 def draw_batch(examples, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
     """The batch of a step, by (seed, step) alone, so that a checkpoint needs no generator."""
     numbers = np.random.default_rng((seed, step)).integers(len(examples), size=size)
@@ -585,13 +593,7 @@ class Run:
             )
         gpt.classify(self.outputs)
 
-        trained = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
-        core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
-        others = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
-        groups = [
-            {"params": others, "lr_ratio": 1.0},
-            {"params": core, "lr_ratio": args.core_lr_ratio},
-        ]
+        groups = parameter_groups(gpt, args.core_lr_ratio)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
         self.allocator = None

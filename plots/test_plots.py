@@ -438,8 +438,6 @@ def test_a_long_pretraining_goes_on_where_it_was_and_is_made_once(home, monkeypa
             raise KeyboardInterrupt
         return rate(step, *more)
 
-    prepared = bases.prepare(0, 6)
-    monkeypatch.setattr(bases, "prepare", lambda *_: prepared)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "learning_rate", stop_at_4)
         bases.pretrain(0, 6)
@@ -517,7 +515,7 @@ def test_the_evidence_of_a_real_model_is_made_in_the_same_way(sweep, small_evide
         Path(f"CoLA/{name}.tsv").write_text("".join(lines))
     monkeypatch.setattr(minilm, "model_folder", lambda: Path("bert").absolute())
     measure = minilm.measure
-    monkeypatch.setattr(minilm, "measure", lambda *a, **more: measure(*a, **more, steps=10))
+    monkeypatch.setattr(minilm, "measure", lambda *settings: measure(*settings, steps=10))
     found = sweep(evidence, "CoLA", "--rows", *CONTROLS)
     assert_controls_are_what_they_say(found)
     assert {"loss", "accuracy", "f1", "matthews"} == found[-1]["test"].keys()

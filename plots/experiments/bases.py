@@ -9,6 +9,7 @@ for each is its file, for --base.
 """
 
 import argparse
+import functools
 import inspect
 import sys
 import time
@@ -29,14 +30,17 @@ RATE = 2e-3  # train.py's
 SAVE_EVERY = 300  # seconds
 
 
+@functools.cache
 def prepare(seed: int, steps: int) -> tuple[Path, Tokenizer, dict]:
     """(the file of a base, its tokenizer, {split: windows of code})."""
     config = GPTConfig()
     documents = data.documents("code")
     tokenizer = data.train_tokenizer(documents, config.vocab_size)
     windows = data.text_examples("code", documents, tokenizer, config.context)
-    code = [model.Block, model.GPT, train.train_step, train.predict, train.learning_rate]
-    facts = [*map(inspect.getsource, code), repr((config, seed, steps, RATE)), torch.__version__]
+    code = [model.Block, model.GPT, pretrain, train.train_step, train.predict]
+    code += [train.learning_rate, train.draw_batch]
+    settings = (config, seed, steps, RATE, train.pick_device(None).type, torch.__version__)
+    facts = [*map(inspect.getsource, code), repr(settings)]
     name = train.digest([tokenizer.to_str(), windows["train"].tokens, *facts])
     return train.CACHE / f"long-{seed}-{name}.pt", tokenizer, windows
 

@@ -8,9 +8,9 @@
 The rules, written before the first run and not changed after it:
 
 1. Splits. A row's setting is chosen by its mean validation loss over two selection seeds, 100 and
-   101 (of GPT on bases 0 and 1), which are not reported. Only reported runs read the test split,
-   once, after training. CoLA and SST-2: dev is the test split, a tenth of train the validation.
-   A run that diverges has an infinite loss.
+   101 (of GPT on bases 0 and 1), which are not reported. The test loss of the last step counts, of
+   reported runs alone; it is not kept of others. CoLA and SST-2: dev is the test split, a tenth of
+   train the validation. A run that diverges has an infinite loss.
 2. Effort. Each row chooses among four learning rates x two values of a second setting: the core's
    rate over that of A and B (1, 0.1) where a core is trained, alpha (16, 32) where none is, and
    rates in between for full fine-tuning. If the best rate is the lowest or highest that was tried,
@@ -18,10 +18,11 @@ The rules, written before the first run and not changed after it:
 3. Size. No row trains more numbers than LoRA of rank 8 at any step, but the references: full
    fine-tuning and peft's AdaLoRA.
 4. Growth: linear, by numbers, from rank 2, on train.py's defaults else, for every signal alike.
-5. Reported are 12 runs a row: of GPT four seeds on each of three bases, of MiniLM 12 seeds. Rows
-   are paired by base and seed, which fix the batches.
+5. Reported are 12 runs a row: of GPT four seeds on each of three bases, no seed twice; of MiniLM 12
+   seeds. Rows are paired by base and seed, which fix the batches.
 6. Two controls tell where from when: LoRA that has from its first step on the final ranks of the
-   same seed's growth by worth, and LoRA with these ranks permuted among matrices of equal size.
+   same seed's growth by worth, and LoRA with these ranks permuted among matrices of equal size. (As
+   LoRA they have no core, which growth by worth has; the two differ in nothing but the places.)
 7. Declared contrasts, of the test loss, t intervals of paired differences with Holm's correction
    over the five: importance - random (primary), worth - LoRA, norm - LoRA, ranks of worth - the
    same permuted, worth - ranks of worth. For MiniLM the pooled differences of both tasks are the
@@ -41,6 +42,7 @@ import statistics
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,20 +53,20 @@ from plots import signals  # noqa: F401  (enters worth and the others in SIGNALS
 from plots.experiments import adalora, bases, cells, minilm
 from triadapt import LoRALinear
 
-# How a row adapts: the method, the signal that it grows by, the ranks that it starts with.
+# How a row adapts: the method, the signal that it grows by, and what its ranks at the start are.
 ROWS = {
-    "LoRA": ("lora", None, None),
-    "core, no growth": ("triadapt", None, "as many as LoRA's numbers allow"),
-    "importance": ("triadapt", "importance", None),
-    "random": ("triadapt", "random", None),
-    "uniform": ("triadapt", "uniform", None),
-    "norm": ("triadapt", "norm", None),
-    "norm-change": ("triadapt", "norm-change", None),
-    "worth": ("triadapt", "worth", None),
+    "LoRA": ("lora", None, "all 8"),
+    "core, no growth": ("triadapt", None, "LoRA's numbers"),
+    "importance": ("triadapt", "importance", "all 2"),
+    "random": ("triadapt", "random", "all 2"),
+    "uniform": ("triadapt", "uniform", "all 2"),
+    "norm": ("triadapt", "norm", "all 2"),
+    "norm-change": ("triadapt", "norm-change", "all 2"),
+    "worth": ("triadapt", "worth", "all 2"),
     "ranks of worth": ("lora", None, "of worth"),
     "ranks of worth, permuted": ("lora", None, "of worth, permuted"),
-    "full fine-tuning": ("full", None, None),
-    adalora.ROW: ("lora", None, None),
+    "full fine-tuning": ("full", None, "no adapters"),
+    adalora.ROW: ("lora", None, "all 8"),
 }
 GPT_TASKS = {"prose": [], "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"]}
 GPT_COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "300"]
@@ -75,7 +77,7 @@ RANK = 8
 # (base, seed) of a run.
 SELECTION = {"GPT": [(0, 100), (1, 101)], "MiniLM": [(0, 100), (0, 101)]}
 REPORTED = {
-    "GPT": [(base, seed) for base in range(3) for seed in range(4)],
+    "GPT": [(seed // 4, seed) for seed in range(12)],
     "MiniLM": [(0, seed) for seed in range(12)],
 }
 
@@ -93,51 +95,60 @@ def second_settings(row: str) -> list[float]:
 # What is to be run.
 
 
-def choose(found: list[dict], task: str, row: str) -> tuple[list[tuple[float, float]], bool]:
-    """(settings of which selection runs are missing, False), or ([the chosen one], True)."""
-    model = model_of(task)
+def selection(found: list[dict], task: str, row: str) -> dict[tuple[float, float], float]:
+    """{setting: mean validation loss} of those that ran with all selection seeds."""
+    places = SELECTION[model_of(task)]
     losses = {}
     for cell in found:
         of_row = (cell["task"], cell["row"]) == (task, row)
-        if of_row and (cell["base"], cell["seed"]) in SELECTION[model]:
+        if of_row and (cell["base"], cell["seed"]) in places:
             losses.setdefault((cell["rate"], cell["second"]), []).append(cell["val"]["loss"])
-    known = {s: statistics.mean(x) for s, x in losses.items() if len(x) == len(SELECTION[model])}
-    rates = sorted({*RATES[model], *(rate for rate, _ in losses)})
-    if all((rate, second) in known for rate in rates for second in second_settings(row)):
-        best = min(known, key=known.get)
-        if best[0] == rates[0]:
-            rates = [best[0] / 2]
-        elif best[0] == rates[-1]:
-            rates = [best[0] * 2]
-        else:
-            return [best], True
-    wanted = [(rate, second) for rate in rates for second in second_settings(row)]
-    return [setting for setting in wanted if setting not in known], False
+    return {s: statistics.mean(x) for s, x in losses.items() if len(x) == len(places)}
+
+
+def settings_to_try(found: list[dict], task: str, row: str) -> list[tuple[float, float]]:
+    """(rate, second setting) that selection has yet to run; none once the best one is known."""
+    known = selection(found, task, row)
+    rates = sorted({*RATES[model_of(task)], *(rate for rate, _ in known)})
+    grid = [(rate, second) for rate in rates for second in second_settings(row)]
+    if set(grid) <= set(known):
+        best, _ = min(known, key=known.get)
+        beyond = {rates[0]: best / 2, rates[-1]: best * 2}.get(best)
+        grid = [] if beyond is None else [(beyond, second) for second in second_settings(row)]
+    return [setting for setting in grid if setting not in known]
+
+
+def best_setting(found: list[dict], task: str, row: str) -> tuple[float, float]:
+    known = selection(found, task, row)
+    return min(known, key=known.get)
 
 
 def runs_left(found: list[dict], task: str, row: str) -> list[dict]:
     """The runs of a row that are next: its selection, and then those to report."""
-    settings, done = choose(found, task, row)
-    places = REPORTED if done else SELECTION
-    ran = {
-        tuple(cell[key] for key in ("task", "row", "rate", "second", "base", "seed"))
-        for cell in found
-    }
+    settings = settings_to_try(found, task, row)
+    places = SELECTION[model_of(task)]
+    if not settings:
+        settings = [best_setting(found, task, row)]
+        places = REPORTED[model_of(task)]
+    keys = ("task", "row", "rate", "second", "base", "seed")
+    ran = {tuple(cell[key] for key in keys) for cell in found}
     left = []
     for rate, second in settings:
-        for base, seed in places[model_of(task)]:
-            if (task, row, rate, second, base, seed) not in ran:
-                run = {"task": task, "row": row, "rate": rate, "second": second}
-                left.append(run | {"base": base, "seed": seed})
+        for base, seed in places:
+            values = (task, row, rate, second, base, seed)
+            if values not in ran:
+                left.append(dict(zip(keys, values, strict=True)))
     return left
 
 
 def ranks_of_worth(found: list[dict], run: dict) -> dict[str, int] | None:
     """The final ranks of growth by worth at its chosen setting, of a run's base and seed."""
-    chosen, done = choose(found, run["task"], "worth")
+    if settings_to_try(found, run["task"], "worth"):
+        return None
+    rate, second = best_setting(found, run["task"], "worth")
+    wanted = run | {"row": "worth", "rate": rate, "second": second}
     for cell in found:
-        same = all(cell[key] == run[key] for key in ("task", "base", "seed"))
-        if done and same and (cell["row"], cell["rate"], cell["second"]) == ("worth", *chosen[0]):
+        if all(cell[key] == value for key, value in wanted.items()):
             return cell["ranks"]
     return None
 
@@ -146,10 +157,14 @@ def ranks_of_worth(found: list[dict], run: dict) -> dict[str, int] | None:
 
 
 def start_ranks(run: dict, found: list[dict], adapters: dict[str, LoRALinear]) -> dict[str, int]:
-    """{name: rank} of the rows that begin with ranks of their own."""
+    """{name: rank} before the first step."""
+    start = ROWS[run["row"]][2]
     sizes = {name: a.in_features + a.out_features for name, a in adapters.items()}
-    if ROWS[run["row"]][0] == "triadapt":
-        # A core costs r (r + 1) numbers more: the first matrices get one rank more than the last.
+    if not adapters:
+        return {}
+    if start.startswith("all"):
+        return dict.fromkeys(sizes, int(start.split()[1]))
+    if start == "LoRA's numbers":  # a core costs r (r + 1) more, so the last matrices get one less
         ranks = dict.fromkeys(sizes, 1)
         for name in itertools.cycle(sizes):
             grown = ranks | {name: ranks[name] + 1}
@@ -158,7 +173,7 @@ def start_ranks(run: dict, found: list[dict], adapters: dict[str, LoRALinear]) -
             ranks = grown
 
     ranks = ranks_of_worth(found, run)
-    if run["row"].endswith("permuted"):
+    if start == "of worth, permuted":
         rng = random.Random(f"{run['task']} {run['base']} {run['seed']}")
         for size in sorted(set(sizes.values())):
             names = [name for name in ranks if sizes[name] == size]
@@ -167,9 +182,9 @@ def start_ranks(run: dict, found: list[dict], adapters: dict[str, LoRALinear]) -
     return ranks
 
 
-def measure(run: dict, found: list[dict], folder: str, options: list[str]) -> dict:
+def measure(run: dict, found: list[dict], folder: str) -> dict:
     """One silent run, as a cell; a task of MiniLM is in a folder."""
-    method, score, start = ROWS[run["row"]]
+    method, score, _ = ROWS[run["row"]]
     rate = run["rate"]
     if method == "full":
         rate *= FULL[model_of(run["task"])] * run["second"]
@@ -179,21 +194,22 @@ def measure(run: dict, found: list[dict], folder: str, options: list[str]) -> di
             if rank > adapters[name].rank:
                 adapters[name].grow(rank - adapters[name].rank, optimizer)
 
-    init_rank = RANK if score is None and start is None else 2 if score else 1
-    settings = {"method": method, "score": score, "init_rank": init_rank}
-    settings["alpha"] = run["second"] if method == "lora" else 16
-    settings["core_lr_ratio"] = run["second"] if method == "triadapt" else 1.0
-    give = give_ranks if start else None
+    settings = {"lr": rate, "method": method, "score": score}
+    if method != "full":
+        settings |= {"init_rank": 2 if score else 1, "alpha": 16}  # give_ranks does the rest
+    if method == "lora":
+        settings["alpha"] = run["second"]
+    if method == "triadapt":
+        settings["core_lr_ratio"] = run["second"]
     reported = (run["base"], run["seed"]) in REPORTED[model_of(run["task"])]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             if model_of(run["task"]) == "GPT":
-                result = measure_gpt(run, rate, settings, give, options)
+                result = measure_gpt(run, settings, give_ranks)
             else:
-                more = {"give_ranks": give, "read_test": reported}
-                result = minilm.measure(folder, run["seed"], rate, **settings, **more)
+                result = minilm.measure(folder, run["seed"], settings, give_ranks, reported)
     except (FloatingPointError, ValueError) as error:
-        if " nan" not in str(error):  # of the loss, or of a score
+        if isinstance(error, ValueError) and "score is nan" not in str(error):
             raise
         result = {"val": {"loss": math.inf}, "test": {"loss": math.inf}, "ranks": {}}
     if not math.isfinite(result["val"]["loss"]):
@@ -203,27 +219,26 @@ def measure(run: dict, found: list[dict], folder: str, options: list[str]) -> di
     return run | result | {"settings": settings, "torch": torch.__version__}
 
 
-def measure_gpt(run: dict, rate: float, settings: dict, give, options: list[str]) -> dict:
+def measure_gpt(run: dict, settings: dict, give_ranks: Callable) -> dict:
     """A run of train.py on a base of bases.py."""
     path, _, _ = bases.prepare(run["base"], bases.STEPS)
-    line = ["--base", str(path), "--lr", str(rate), "--seed", str(run["seed"])]
-    line += ["--method", settings["method"]]
+    line = ["--base", str(path), "--seed", str(run["seed"])]
     line += ["--out", f"runs/evidence-{zlib.crc32(repr(run).encode()):08x}"]
-    if settings["method"] != "full":
-        line += ["--alpha", str(settings["alpha"]), "--init-rank", str(settings["init_rank"])]
-    if settings["method"] == "triadapt":
-        line += ["--core-lr-ratio", str(settings["core_lr_ratio"])]
-        growth = ["--score", settings["score"], "--budget", "numbers"]
-        line += growth if settings["score"] else ["--schedule", "none"]
-    args = train.parse_args([*GPT_COMMON, *GPT_TASKS[run["task"]], *line, *options])
+    for name, value in settings.items():
+        if value is not None:
+            line += [train.option(name), str(value)]
+    if settings["score"]:
+        line += ["--budget", "numbers"]
+    elif settings["method"] == "triadapt":
+        line += ["--schedule", "none"]
+    args = train.parse_args([*GPT_COMMON, *GPT_TASKS[run["task"]], *line])
 
-    class Given(adalora.AdaLoRA if run["row"] == adalora.ROW else train.Run):
+    class Given(train.Run):
         def adapt(self, gpt: train.GPT) -> None:
             super().adapt(gpt)
-            if give is not None:
-                give(self.adapters, self.optimizer)
+            give_ranks(self.adapters, self.optimizer)
 
-    finished = Given(args)
+    finished = adalora.AdaLoRA(args) if run["row"] == adalora.ROW else Given(args)
     finished.train()
     log = finished.log
     shutil.rmtree(finished.out)
@@ -244,7 +259,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: about 1 run in n")
     parser.add_argument("--results", type=Path, default=cells.RESULTS / "evidence.jsonl")
-    args, options = parser.parse_known_args()  # options: for train.py, of GPT's runs
+    args = parser.parse_args()
     folders = {Path(task).name: task for task in args.tasks}
     wanted = [(task, row) for task in folders for row in args.rows]
     wanted = [(t, r) for t, r in wanted if r != adalora.ROW or can_run_adalora(t)]
@@ -262,12 +277,15 @@ def main() -> None:
             time.sleep(5)  # another process has the run that is waited for
             continue
         began = time.perf_counter()
-        cell = measure(ready[0], found, folders[ready[0]["task"]], options)
+        cell = measure(ready[0], found, folders[ready[0]["task"]])
         cells.append(args.results, cell)
         took.append(time.perf_counter() - began)
         told = " ".join(str(value) for value in ready[0].values())
         hours = statistics.mean(took) * len(own) / 3600
-        print(f"{told}: val {cell['val']['loss']:.4f}; about {hours:.1f} h left", flush=True)
+        print(
+            f"{told}: val {cell['val']['loss']:.4f}; {hours:.1f} h for what can start now",
+            flush=True,
+        )
 
 
 def can_run_adalora(task: str) -> bool:

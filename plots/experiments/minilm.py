@@ -96,18 +96,12 @@ def evaluate(net: Classifier, examples: list[tuple[Tensor, int]]) -> dict[str, f
 def measure(
     folder: str,
     seed: int,
-    rate: float,
-    *,
-    method: str,
-    score: str | None = None,
-    init_rank: int = RANK,
-    alpha: float = 16,
-    core_lr_ratio: float = 1.0,
-    give_ranks: Callable | None = None,
+    settings: dict,
+    give_ranks: Callable,
+    read_test: bool,
     steps: int = STEPS,
-    read_test: bool = True,
 ) -> dict:
-    """Train with these settings, and else with train.py's; growth counts numbers.
+    """Train with evidence.py's settings, and else with train.py's; growth counts numbers.
 
     give_ranks(adapters, optimizer) may grow adapters before the first step.
     """
@@ -119,24 +113,18 @@ def measure(
     net = Classifier(encoder, 1 + max(label for _, label in examples["train"]))
     net.to(train.pick_device(None))
     adapters = {}
-    if method != "full":
-        adapters = add_adapters(net.encoder, TARGETS, method, RANK, init_rank, alpha)
+    if settings["method"] != "full":
+        start = (settings["method"], RANK, settings["init_rank"], settings["alpha"])
+        adapters = add_adapters(net.encoder, TARGETS, *start)
     net.head.requires_grad_(True)
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
-    others = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
-    groups = [
-        {"params": others, "lr_ratio": 1.0},
-        {"params": core, "lr_ratio": core_lr_ratio},
-    ]
+    groups = train.parameter_groups(net, settings.get("core_lr_ratio", 1.0))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-    if give_ranks is not None:
-        give_ranks(adapters, optimizer)
+    give_ranks(adapters, optimizer)
     allocator = None
-    if score is not None:
-        settings = {"target_rank": RANK, "total_steps": steps, "count_numbers": True}
-        settings |= {"warmup": steps // 50, "interval": max(1, steps // 300)}
-        allocator = SIGNALS[score](adapters, optimizer, **settings)
+    if settings["score"] is not None:
+        growth = {"target_rank": RANK, "total_steps": steps, "count_numbers": True}
+        growth |= {"warmup": steps // 50, "interval": max(1, steps // 300)}
+        allocator = SIGNALS[settings["score"]](adapters, optimizer, **growth)
 
     began = time.perf_counter()
     most = 0
@@ -150,7 +138,7 @@ def measure(
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr_ratio"] * train.learning_rate(step, steps, rate)
+            group["lr"] = group["lr_ratio"] * train.learning_rate(step, steps, settings["lr"])
         optimizer.step()
         if allocator is not None:
             allocator.step(step)
