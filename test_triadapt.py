@@ -436,6 +436,12 @@ def test_a_budget_of_numbers_is_loras_and_leaves_less_than_the_cheapest_growth(r
         assert rest < min(allocator.price(name, 1) for name in adapters)
 
 
+class Nested(nn.Linear):
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out)
+        self.inner = nn.Linear(d_in, d_out)
+
+
 @pytest.mark.parametrize(
     "make, said",
     [
@@ -445,6 +451,7 @@ def test_a_budget_of_numbers_is_loras_and_leaves_less_than_the_cheapest_growth(r
         (lambda: adapted(method="dora"), "method dora: must be one of lora, triadapt"),
         (lambda: adapted(targets=["first", "cond"]), "targets cond: .* first, second"),
         (lambda: adapted(targets="("), r"targets \(: not a regular expression"),
+        (lambda: add_adapters(nn.Sequential(Nested(3, 3)), ".*"), "targets: 0.inner is inside"),
         (lambda: add_adapters(adapted()[0], "first"), "the model has adapters already"),
         (lambda: small_allocator(warmup=20), "warmup 20: must be from 0 to below 20"),
         (lambda: small_allocator(interval=0), "interval 0"),
@@ -2012,6 +2019,26 @@ def test_a_weights_type_shape_and_device_make_no_dense_matrix(monkeypatch):
         delta = adapter.delta_weight().T if type(layer) is Conv1D else adapter.delta_weight()
         assert torch.equal(weight + 0, (layer.weight + delta).bfloat16())
         made.clear()
+
+
+def test_writing_to_the_weight_of_an_adapter_is_refused_not_lost():
+    net, _ = adapted()
+    with pytest.raises(RuntimeError, match="^zero_: would be lost; write to base.weight"):
+        nn.init.zeros_(net.first.weight)
+
+
+def test_a_frozen_tensor_grows_without_the_optimizer_and_costs_no_numbers():
+    net, adapters = adapted()
+    for adapter in adapters.values():
+        adapter.lora_A.requires_grad_(False)  # LoRA-FA
+    optimizer = adamw(net)
+    allocator = allocator_of(adapters, optimizer, target_rank=3, count_numbers=True, interval=1)
+    for t in range(1, 21):
+        fit(net, optimizer)
+        allocator.step(t)
+    assert 0 <= allocator.budget_left < min(allocator.price(name, 1) for name in adapters)
+    assert not any(adapter.lora_A.requires_grad for adapter in adapters.values())
+    assert len(optimizer.state_dict()["state"]) == len(trained(net)) == 6
 
 
 def test_t5_which_asks_for_a_type_in_each_forward_makes_no_dense_matrix(monkeypatch):

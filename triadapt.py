@@ -768,8 +768,8 @@ class AdaptedWeight(Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in cls.ASKED:
             return super().__torch_function__(function, types, args, kwargs)
-        if re.fullmatch(r"[a-z]\w*_", function.__name__):  # as zero_
-            raise RuntimeError(f"{function.__name__}: write to the weight of `base` instead")
+        if isinstance(args[0], cls) and re.fullmatch(r"[a-z]\w*_", function.__name__):
+            raise RuntimeError(f"{function.__name__}: would be lost; write to base.weight instead")
 
         def dense(value):
             if not isinstance(value, cls):
