@@ -768,7 +768,8 @@ class AdaptedWeight(Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in cls.ASKED:
             return super().__torch_function__(function, types, args, kwargs)
-        if isinstance(args[0], cls) and re.fullmatch(r"[a-z]\w*_", function.__name__):
+        in_place = re.fullmatch(r"[a-z]\w*_", function.__name__)
+        if in_place and isinstance(next(iter(args), None), cls):
             raise RuntimeError(f"{function.__name__}: would be lost; write to base.weight instead")
 
         def dense(value):
