@@ -32,6 +32,7 @@ from plots.experiments import (
     adalora,
     bases,
     bench,
+    blind,
     cells,
     compare,
     defaults,
@@ -521,6 +522,19 @@ def test_the_evidence_of_a_real_model_is_made_in_the_same_way(sweep, small_evide
     assert {"loss", "accuracy", "f1", "matthews"} == found[-1]["test"].keys()
 
 
+def test_under_adam_importance_is_a_trace_and_sees_no_size_of_a_loss_which_worth_does(sweep):
+    found = sweep(blind)
+    for cell in found:
+        early = cell["log"][:5]
+        for entry in early:
+            assert entry["change"] == pytest.approx(entry["trace"], rel=0.03, abs=1e-6)
+        assert cell["log"][-1]["change"] > 0.05
+        assert cell["ratios"]["importance"] == pytest.approx(1, abs=1e-4)
+        assert cell["ratios"]["norm"] == pytest.approx(1, abs=1e-4)
+        assert cell["ratios"]["worth"] == pytest.approx(cell["factor"] ** 2, rel=1e-3)
+    assert [cell["factor"] for cell in found] == [1, 10, 100]
+
+
 def keep_run(runs: list):
     """AdaLoRA.train, which also puts the run into a list."""
     train_as_before = adalora.AdaLoRA.train
@@ -732,6 +746,9 @@ def drawable(tmp_path) -> Path:
 
     (tmp_path / "first_run").mkdir()
     contents = {"compare": compared, "low_data": low, "planted": shares, "bench": costs}
+    log_of_blind = [{"step": step, "change": 0.1 * step, "trace": 0.1 * step} for step in (1, 2)]
+    ratios = {"importance": 1.0, "norm": 1.0, "worth": 49.0}
+    contents["blind"] = [{"factor": 7, "ratios": ratios, "log": log_of_blind}]
     for name, lines in (contents | {"first_run/log": log}).items():
         for line in lines:
             cells.append(tmp_path / f"{name}.jsonl", line)
@@ -766,6 +783,8 @@ def test_every_figure_is_drawn_and_says_what_its_results_say(drawable, monkeypat
     assert "below zero at 2 of 2 allocations" in titles["importance"]
     assert "50% of the added rank where it is needed, divergence +0 ± 0 %" in titles["planted"]
     assert "abacus, 1 threads: a step takes 1.500 times the limit" in titles["bench"]
+    assert "counts 7 times multiplies the importance by 1.00" in titles["blind"]
+    assert "worth by 49" in titles["blind"]
     for schedule in SCHEDULES:
         assert f"{planned_end(schedule)} ({schedule})" in titles["growth"]
     change = re.search(r"relative change (\S+)\)", titles["method"])

@@ -344,6 +344,37 @@ def draw_mean_ranks(axes, found: list[dict], top: bool, left: bool) -> float:
     return growth[-2:].sum() / growth.sum()
 
 
+def draw_blind(cells: list[dict]) -> plt.Figure:
+    """What the change of F is, and what each signal sees of a loss that counts more."""
+    if not cells:
+        raise Missing
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    log = cells[0]["log"]
+    steps = [entry["step"] for entry in log]
+    change = [entry["change"] for entry in log]
+    left.plot(steps, change, color="#0072B2", label="change of $F$")
+    trace = [entry["trace"] for entry in log]
+    left.plot(steps, trace, color="#E69F00", linestyle="--", label=r"$tr(\Delta C)\,/\,r^{1.5}$")
+    left.set(title="The change of $F$ is a trace", xlabel="step", ylabel="no unit")
+    left.legend()
+
+    looks = {"importance": ("#0072B2", "o"), "norm": ("#009E73", "x"), "worth": ("#D55E00", "s")}
+    factors = [cell["factor"] for cell in cells]
+    for name, (colour, marker) in looks.items():
+        ratios = [cell["ratios"][name] for cell in cells]
+        right.plot(factors, ratios, color=colour, marker=marker, label=name)
+    right.set(xscale="log", yscale="log", xlabel="how often the second matrix's loss counts")
+    right.set(title="What a signal sees", ylabel="its score over the first's")
+    right.legend()
+    most = cells[-1]
+    figure.suptitle(
+        f"A loss that counts {most['factor']} times multiplies the importance by "
+        f"{most['ratios']['importance']:.2f}, the update's norm by {most['ratios']['norm']:.2f}, "
+        f"worth by {most['ratios']['worth']:,.0f}"
+    )
+    return figure
+
+
 def draw_importance(log: list[dict]) -> plt.Figure:
     """F of every matrix over the steps of a run, and the scores that made it grow."""
     log = [entry for entry in log if "importance" in entry]
@@ -660,6 +691,7 @@ FIGURES = {
     "growth": (draw_growth, None),
     "ranks": (draw_ranks, "compare.jsonl"),
     "importance": (draw_importance, "first_run/log.jsonl"),
+    "blind": (draw_blind, "blind.jsonl"),
     "parameters": (draw_parameters, "compare.jsonl"),
     "low_data": (draw_low_data, "low_data.jsonl"),
     "planted": (draw_planted, "planted.jsonl"),
@@ -685,7 +717,7 @@ def draw(name: str, results: Path = cells.RESULTS, folder: Path = HERE) -> None:
     size = temporary.stat().st_size
     if size > MOST_BYTES:
         raise ValueError(f"{temporary} has {size} bytes, more than {MOST_BYTES}")
-    temporary.rename(path)
+    temporary.replace(path)
     print(path)
 
 
