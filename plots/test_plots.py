@@ -41,7 +41,7 @@ from plots.experiments import (
     minilm,
     planted,
 )
-from plots.figures import animate, draw, intervals, tables
+from plots.figures import animate, contrasts, draw, intervals, tables
 from triadapt import SCHEDULES, SIGNALS, RankAllocator, TriAdaptLinear, add_adapters
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
@@ -652,6 +652,29 @@ def test_quantiles_and_p_values_are_those_of_students_t_in_a_printed_table():
 def test_holm_multiplies_the_smallest_p_by_all_the_next_by_one_less_and_never_falls():
     adjusted = intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
     assert adjusted == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
+
+
+def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm():
+    found = []
+    for task, base in (("CoLA", 0.5), ("SST-2", 0.3)):
+        for seed in range(12):
+            level = base + seed / 100  # of a seed, which pairing takes away
+            losses = {"LoRA": 0.0, "worth": -0.02 - seed % 2 / 1000, "importance": seed % 3 / 100}
+            losses |= {"random": 0.01, "norm": 0.001 * (seed % 4 - 1.5)}
+            for row, loss in losses.items():
+                cell = {"task": task, "row": row, "base": 0, "seed": seed, "rate": 1e-3}
+                cell |= {"second": 16, "trainable": 7, "test": {"loss": level + loss}}
+                found.append(cell)
+            found.append(cell | {"row": "LoRA", "seed": 100, "test": None})
+    assert len(contrasts.differences(found, ["CoLA"], "worth", "LoRA")) == 12
+    lines = contrasts.contrast_table(found, ["CoLA", "SST-2"]).splitlines()[2:]
+    said = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    assert said.keys() == {"importance minus random", "worth minus LoRA", "norm minus LoRA"}
+    assert "| 24 | **-0.0205 ± 0.0002** |" in said["worth minus LoRA"]
+    assert "**" not in said["importance minus random"] + said["norm minus LoRA"]
+    assert "| LoRA | 12 | 0.001, 16 | loss 0.5550 ± 0.0361 | 7 |" in contrasts.row_table(
+        found, "CoLA"
+    )
 
 
 def test_the_smallest_visible_mean_is_seen_in_four_of_five_samples():
