@@ -6,6 +6,8 @@ kinds of Linear; add_adapters and RankAllocator as any user would use them.
 """
 
 import functools
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -40,11 +42,43 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(batch, time) each -> (batch, classes)."""
-        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (batch, width)
-        return self.head(mean)
+    def forward(self, texts: list[Tensor]) -> Tensor:
+        """Token numbers of each text -> (texts, classes).
+
+        Several texts stand in each row, where each attends to itself alone: the same result as of a
+        text a row, with hardly any padding to compute.
+        """
+        rows = even_rows(texts)
+
+        def stack(values: list[Tensor], padding: int = 0) -> Tensor:  # (rows, time)
+            return pad_sequence([torch.cat([values[n] for n in r]) for r in rows], True, padding)
+
+        ids = stack(texts)
+        places = stack([torch.arange(len(text)) for text in texts])
+        owner = [torch.full_like(text, n) for n, text in enumerate(texts)]
+        owner = stack(owner, padding=len(texts))  # as if padding were one text more
+        device = self.head.weight.device
+        ids, places, owner = ids.to(device), places.to(device), owner.to(device)
+        same_text = owner[:, None, :, None] == owner[:, None, None, :]  # (rows, 1, time, time)
+        states = self.encoder(
+            input_ids=ids, position_ids=places, attention_mask=same_text
+        ).last_hidden_state  # (rows, time, width)
+
+        total = states.new_zeros(len(texts) + 1, states.shape[-1])
+        total = total.index_add(0, owner.flatten(), states.flatten(0, 1))  # (texts + 1, width)
+        lengths = torch.tensor([[len(text)] for text in texts], device=device)
+        return self.head(total[:-1] / lengths)
+
+
+def even_rows(texts: list[Tensor]) -> list[list[int]]:
+    """The numbers of the texts, about four in a row: long ones beside short ones."""
+    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+    count = math.ceil(len(texts) / 4)
+    to_and_fro = [*range(count), *reversed(range(count))]
+    rows = [[] for _ in range(count)]
+    for n, row in zip(order, itertools.cycle(to_and_fro), strict=False):
+        rows[row].append(n)
+    return rows
 
 
 @functools.cache
@@ -66,18 +100,13 @@ def examples_of(folder: str) -> dict[str, list[tuple[Tensor, int]]]:
         ids = torch.tensor(tokenizer.encode(*row.texts).ids)
         examples[split].append((ids, task.classes.index(row.answer)))
     examples["val"] = examples["val"][:MOST_VAL]
-    for split in ("val", "test"):  # texts of like length side by side, which pads less
-        examples[split].sort(key=lambda example: len(example[0]))
     return examples
 
 
 def predict(net: Classifier, examples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """(logits, classes) of a batch."""
-    device = net.head.weight.device
-    ids = pad_sequence([ids for ids, _ in examples], batch_first=True, padding_value=-1)
-    mask = ids >= 0
-    logits = net(ids.clamp(min=0).to(device), mask.long().to(device))
-    return logits, torch.tensor([label for _, label in examples], device=device)
+    logits = net([ids for ids, _ in examples])
+    return logits, torch.tensor([label for _, label in examples], device=logits.device)
 
 
 @torch.no_grad()
