@@ -85,7 +85,7 @@ SETTINGS = {
     ],
     "training": [
         ("steps", int, 300, "optimiser steps"),
-        ("lr", float, None, "peak learning rate [1e-2, full: 2e-3; chosen on validation]"),
+        ("lr", float, None, "peak learning rate [1e-2, full: 2e-3]"),
         ("core_lr_ratio", float, 1.0, "learning rate of the core L + U over that of A and B"),
         ("seed", int, 0, "of adapters, batches and dropout; the base has its own"),
         ("device", str, None, "such as cuda:1 [the accelerator if there is one, else the CPU]"),

@@ -1,18 +1,17 @@
 """What each choice is worth: the default growth with one thing changed, and the released recipes.
 
-    python plots/experiments/ablations.py                      # every row: hours of one core
-    python plots/experiments/ablations.py --seeds 8 --results plots/results/moments.jsonl \\
-        --rows "moments zero" "moments mean" "moments paced"
+    python plots/experiments/ablations.py               # 8 seeds of each row: an hour of one core
+    python plots/experiments/ablations.py --share 0 2   # half of it, for two processes
+    python plots/experiments/ablations.py --rows released --seeds 2
 
---rows takes beginnings of row names; --share 0 2 does every second run, for two processes. Task,
-steps and batches are those of compare.py's prose, and all rows share the learning rate that it
-chose there for `linear`. A finished run is a line of the results, so that a stopped sweep goes on
-where it was.
+All rows are the main job with half its batch, on its base and at its learning rate: a row that
+needs another rate looks worse than it is. --rows takes beginnings of row names. A finished run is
+a line of plots/results/ablations.jsonl, so that a stopped sweep goes on where it was.
 
-The second command compares rules for Adam's second moments of new entries: zero, the mean of what
-the tensor has (what triadapt.py does), and the pacing of the first edition, which took back after
-each step what an entry moved faster than in a freshly started Adam. (Its stored lines are of a
-time when triadapt.py had the rule `zero`: their setting `score` names the rules that way round.)
+"New moments" are Adam's second moments of new entries: zero, or paced as in the first edition,
+which took back after each step what an entry moved faster than in a freshly started Adam;
+triadapt.py gives them the mean of what their tensor has. They are compared for two beta2, as it
+tells how long moments last.
 
 A recipe is what one variant of the released code starts its tensors as, its scale and its
 importance, in our own code; growth, budget, optimiser and learning rates are ours. Their first
@@ -32,11 +31,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import train
-from data import batch
 from plots.experiments import cells
-from plots.experiments.compare import COMMON
-from plots.signals import SIGNALS, Worth
-from triadapt import METHODS, RankAllocator, TriAdaptLinear
+from triadapt import METHODS, SIGNALS, RankAllocator, TriAdaptLinear
 
 ALPHA = 16.0  # train.py's default, which an adapter does not know: it is given alpha / target rank
 
@@ -143,17 +139,6 @@ class BaselineBefore(RankAllocator):
         return grown
 
 
-class Forgetful(RankAllocator):
-    """A matrix that grows starts Adam anew, old entries included."""
-
-    def step(self, t: int) -> list[str]:
-        grown = super().step(t)
-        for name in grown:
-            for p in self.adapters[name].parameters():
-                self.optimizer.state.pop(p, None)
-        return grown
-
-
 class ZeroMoments(RankAllocator):
     """The second moments of new entries start at zero, not at the mean of their tensor's."""
 
@@ -225,99 +210,48 @@ METHODS |= {
 }
 SIGNALS |= {
     "baseline-before": BaselineBefore,
-    "forgetful": Forgetful,
     "zero-moments": ZeroMoments,
     "paced-moments": PacedMoments,
-    "zero-worth": type("ZeroWorth", (ZeroMoments, Worth), {}),
-    "paced-worth": type("PacedWorth", (PacedMoments, Worth), {}),
 }
+COMMON = ["--batch-size", "4", "--eval-interval", "300"]
+BETA2 = 0.999  # of the rows that name it; else train.py's .99
 
-
-def make_rows() -> dict[str, list[str]]:
-    """{row: options of train.py}."""
-    rows = {"reference": []}
-    for rank in (1, 2, 6):
-        rows[f"initial rank {rank}"] = ["--init-rank", str(rank)]
-    rows["initial rank 8, no growth"] = ["--schedule", "none"]
-    for step in (2, 4):
-        rows[f"rank step {step}"] = ["--rank-step", str(step)]
-    for interval in (3, 10):
-        rows[f"interval {interval}"] = ["--interval", str(interval)]
-    for share in (10, 30):
-        rows[f"warm-up {share} %"] = ["--warmup", str(3 * share)]  # of 300 steps
-    for ratio in ("0.3", "0.1", "0.03", "0"):
-        rows[f"core at {ratio} of the learning rate"] = ["--core-lr-ratio", ratio]
-    worth = ["--score", "worth", "--budget", "numbers"]
-    for ratio in ("1", "0.3", "0.1", "0.03", "0"):
-        rows[f"worth, equal numbers, core at {ratio}"] = [*worth, "--core-lr-ratio", ratio]
-    rows["scale alpha / current rank"] = ["--method", "current-scale"]
-    rows["random core"] = ["--method", "random-core"]
-    rows["baseline before growth"] = ["--score", "baseline-before"]
-    rows["moments of a grown matrix reset"] = ["--score", "forgetful"]
-    for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero"):
-        rows[f"released: {recipe}"] = ["--method", recipe, "--score", "baseline-before"]
-    return rows
-
-
-def make_moments_rows() -> dict[str, list[str]]:
-    """The rules for new second moments, with the paper's importance and the default recipe, and
-    with worth at equal numbers and a slow core."""
-    signals = {
-        "importance": {"zero": "zero-moments", "mean": "importance", "paced": "paced-moments"},
-        "worth": {"zero": "zero-worth", "mean": "worth", "paced": "paced-worth"},
-    }
-    more = {"importance": [], "worth": ["--budget", "numbers", "--core-lr-ratio", "0.1"]}
-    rows = {}
-    for name, rules in signals.items():
-        for beta2 in BETA2:
-            for rank in (2, 4):
-                for rule, score in rules.items():
-                    row = f"moments {rule}, {name}, betas .9 {beta2}, from rank {rank}"
-                    rows[row] = ["--score", score, "--init-rank", str(rank), *more[name]]
-    return rows
-
-
-BETA2 = {".99": 0.99, ".999": 0.999}
-MOMENTS = make_moments_rows()
-ROWS = make_rows() | MOMENTS
-
-
-class Measured(train.Run):
-    """A run that measures what its first growth does: ||change of the logits|| / ||logits||."""
-
-    jump = None
-
-    def adapt(self, gpt) -> None:
-        super().adapt(gpt)
-        if self.allocator is not None:
-            self.grow = self.allocator.step
-            self.allocator.step = self.watched_step
-
-    def watched_step(self, t: int) -> list[str]:
-        k = self.allocator.count(t, self.allocator.ranks_left())
-        if self.jump is not None or k == 0:
-            return self.grow(t)
-        before = self.logits()
-        grown = self.grow(t)
-        self.jump = ((self.logits() - before).norm() / before.norm()).item()
-        return grown
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        inputs, _ = batch(self.examples["val"], range(4))
-        return self.model.eval()(inputs.to(self.device))
+# {row: options of train.py}. The rows of the other beta2 are compared with the first of these.
+ROWS = {
+    "reference": [],
+    "learning rate 0.005": ["--lr", "5e-3"],
+    "learning rate 0.02": ["--lr", "2e-2"],
+    "initial rank 2": ["--init-rank", "2"],
+    "initial rank 6": ["--init-rank", "6"],
+    "initial rank 8, no growth": ["--schedule", "none"],
+    "exponential schedule": ["--schedule", "exponential"],
+    "fixed schedule": ["--schedule", "fixed"],
+    "interval 10": ["--interval", "10"],
+    "warm-up 30 %": ["--warmup", "90"],
+    "scale alpha / current rank": ["--method", "current-scale"],
+    "core at 0.1 of the learning rate": ["--core-lr-ratio", "0.1"],
+    "core not trained": ["--core-lr-ratio", "0"],
+    "random core": ["--method", "random-core"],
+    "baseline before growth": ["--score", "baseline-before"],
+    "new moments zero": ["--score", "zero-moments"],
+    "new moments paced": ["--score", "paced-moments"],
+    "beta2 .999": [],
+    "beta2 .999, new moments zero": ["--score", "zero-moments"],
+    "beta2 .999, new moments paced": ["--score", "paced-moments"],
+}
+for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero"):
+    ROWS[f"released: {recipe}"] = ["--method", recipe, "--score", "baseline-before"]
 
 
 def measure(row: str, seed: int, options: list[str]) -> dict:
     """One silent run, as a line of results."""
     folder = f"runs/ablations/{row}-{seed}".replace(" ", "_").replace("/", "per")
-    common = [*COMMON, "--lr", "1e-2", "--seed", str(seed), "--out", folder]
+    common = [*COMMON, "--seed", str(seed), "--out", folder]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = Measured(train.parse_args([*common, *ROWS[row], *options]))
-        for beta2 in BETA2:
-            if f"betas .9 {beta2}," in row:
-                for group in run.optimizer.param_groups:
-                    group["betas"] = (0.9, BETA2[beta2])
+        run = train.Run(train.parse_args([*common, *ROWS[row], *options]))
+        if row.startswith("beta2"):
+            for group in run.optimizer.param_groups:
+                group["betas"] = (0.9, BETA2)
         run.train()
     shutil.rmtree(run.out)
     allocations = [entry["step"] for entry in run.log if entry["kind"] == "allocation"]
@@ -327,11 +261,9 @@ def measure(row: str, seed: int, options: list[str]) -> dict:
         "settings": vars(run.args),
         "base": run.log[0]["test_loss"],
         "test": run.log[-1]["test_loss"],
-        "val": run.log[-2]["val_loss"],
         "ranks": run.log[-1]["ranks"],
         "trainable": run.log[-1]["trainable"],
         "spent_at": max(allocations, default=0),
-        "jump": run.jump,
         "torch": torch.__version__,
     }
 
@@ -341,18 +273,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", default=[""], help="beginnings of row names")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: i, i + n, ...")
     parser.add_argument("--results", type=Path, default=cells.RESULTS / "ablations.jsonl")
     args, options = parser.parse_known_args()
     rows = [row for row in ROWS if row.startswith(tuple(args.rows))]
-    wanted = [(seed, row) for seed in range(args.seeds) for row in rows]
-    for seed, row in wanted[args.share[0] :: args.share[1]]:
-        done = {(cell["row"], cell["seed"]) for cell in cells.read(args.results)}
-        if (row, seed) not in done:
-            line = measure(row, seed, options)
-            cells.append(args.results, line)
-            print(f"{row}; seed {seed}; test {line['test']:.4f}; jump {line['jump']}", flush=True)
+    wanted = [(row, seed) for seed in range(args.seeds) for row in rows]
+    ran = {(cell["row"], cell["seed"]) for cell in cells.read(args.results)}
+    left = [run for run in wanted[args.share[0] :: args.share[1]] if run not in ran]
+    cells.work_off(args.results, left, lambda row, seed: measure(row, seed, options))
 
 
 if __name__ == "__main__":

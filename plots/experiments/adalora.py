@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023) as peft has it, in train.py's own loop: a row of compare.py.
+"""AdaLoRA (Zhang et al. 2023) as peft has it, in train.py's own loop: a row of evidence.py.
 
 It goes the other way round: every matrix starts with 1.5 times the target rank, and singular
 values are masked to zero until the target is left. peft and the optimiser hold the masked ranks to
@@ -21,11 +21,6 @@ from model import GPT
 AVAILABLE = importlib.util.find_spec("peft") is not None
 
 ROW = "AdaLoRA (peft)"
-RATES = {
-    "prose": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2],
-    "prose, 20 000 tokens": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2],
-    "modules": [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2],
-}
 ORTHOGONALITY = 0.5  # peft's default weight of the penalty
 
 
@@ -80,9 +75,6 @@ class AdaLoRA(train.Run):
         for name, kept in (self.config.rank_pattern or {}).items():
             self.adapters[name.removesuffix(".lora_E.default")].rank = sum(kept)
         self.counts.append(self.count())
-
-    def sizes(self) -> dict[int, int]:
-        return dict(enumerate(self.counts))
 
     def note(self, kind: str, **values) -> None:
         super().note(kind, trainable=self.count(), **values)

@@ -28,6 +28,9 @@ The rules, written before the first run and not changed after it:
    same permuted, worth - ranks of worth. For MiniLM the pooled differences of both tasks are the
    primary result. Everything else is described, not tested.
 
+Stability is described, not tested: LoRA and growth by the importance also run at two and four
+times the rate that was chosen for them, with every second of the reported seeds.
+
 A line of plots/results/evidence.jsonl is a finished run with its settings, and is never edited.
 """
 
@@ -73,6 +76,14 @@ GPT_COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "300"]
 RATES = {"GPT": [2.5e-3, 5e-3, 1e-2, 2e-2], "MiniLM": [5e-4, 1e-3, 2e-3, 4e-3]}
 FULL = {"GPT": 1 / 5, "MiniLM": 1 / 10}  # full fine-tuning's rates, in those of adapters
 RANK = 8
+START_RANK = 2  # of what grows
+
+# Rows at a multiple of the rate that was chosen for another row: {row: (that row, multiple)}.
+HIGHER = {}
+for row in ("LoRA", "importance"):
+    for multiple in (2, 4):
+        HIGHER[f"{row}, {multiple} times the rate"] = (row, multiple)
+        ROWS[f"{row}, {multiple} times the rate"] = ROWS[row]
 
 # (base, seed) of a run.
 SELECTION = {"GPT": [(0, 100), (1, 101)], "MiniLM": [(0, 100), (0, 101)]}
@@ -125,11 +136,17 @@ def best_setting(found: list[dict], task: str, row: str) -> tuple[float, float]:
 
 def runs_left(found: list[dict], task: str, row: str) -> list[dict]:
     """The runs of a row that are next: its selection, and then those to report."""
-    settings = settings_to_try(found, task, row)
+    chooses, multiple = HIGHER.get(row, (row, 1))
+    settings = settings_to_try(found, task, chooses)
     places = SELECTION[model_of(task)]
     if not settings:
-        settings = [best_setting(found, task, row)]
+        rate, second = best_setting(found, task, chooses)
+        settings = [(multiple * rate, second)]
         places = REPORTED[model_of(task)]
+        if multiple > 1:
+            places = places[::2]
+    elif multiple > 1:  # the other row's selection comes first
+        row = chooses
     keys = ("task", "row", "rate", "second", "base", "seed")
     ran = {tuple(cell[key] for key in keys) for cell in found}
     left = []
@@ -196,7 +213,10 @@ def measure(run: dict, found: list[dict], folder: str) -> dict:
 
     settings = {"lr": rate, "method": method, "score": score}
     if method != "full":
-        settings |= {"init_rank": 2 if score else 1, "alpha": 16}  # give_ranks does the rest
+        settings |= {
+            "init_rank": START_RANK if score else 1,
+            "alpha": 16,
+        }  # give_ranks does the rest
     if method == "lora":
         settings["alpha"] = run["second"]
     if method == "triadapt":
@@ -267,6 +287,7 @@ def main() -> None:
     while True:
         found = cells.read(args.results)
         left = [run for task, row in wanted for run in runs_left(found, task, row)]
+        left = [run for i, run in enumerate(left) if run not in left[:i]]
         if not left:
             return
         own = [r for r in left if zlib.crc32(repr(r).encode()) % args.share[1] == args.share[0]]

@@ -1,14 +1,17 @@
 """A ground truth for rank allocation: does the rank go where it is needed? A teacher knows.
 
-    python plots/experiments/planted.py                    # 9 signals, 5 seeds: 10 minutes
-    python plots/experiments/planted.py --seeds 1 --steps 20 --signals paper worth \\
+    python plots/experiments/planted.py                    # half an hour of one core
+    python plots/experiments/planted.py --seeds 1 --steps 20 --signals importance worth \
         --results quick.jsonl
 
 The teacher is the base with low-rank changes planted in a random third of its matrices. The student
 is the base with an adapter of rank 1 on every matrix; it learns the teacher's distribution, and its
 budget is just what the changes need. A signal is good if the added rank lands in planted matrices
 (`share`: by chance 1/3, at best 1) in the right amounts (`correlation`: Spearman's, of final and
-planted ranks). Each cell is a line of plots/results/planted.jsonl; finished cells are skipped.
+planted ranks). Growth is `gentle`, four matrices at each of up to 25 allocations in the last 70 %
+of the steps, or by train.py's `default`. In the runs of `uniform` all other signals look on, and
+are compared with what each adapter saves, as in saves.py. A finished run is a line of
+plots/results/planted.jsonl.
 
 Each change alone moves the output by the same KL divergence. Scaled to one fraction of their
 matrices' norms instead, they would differ by four orders of magnitude, and those in q and k of the
@@ -17,12 +20,11 @@ later blocks could not be seen at all.
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,50 +32,21 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import train
 from model import GPT
-from plots.experiments import cells
-from plots.signals import Random, Sensitivity, Uniform, Worth
+from plots import signals
+from plots.experiments import cells, saves
 from triadapt import RankAllocator, add_adapters
 
 # 8 of 24 matrices, for an exact fit of the budget: 24 x 2 ranks more than the student begins with.
 RANKS = [2, 4, 5, 6, 8, 9, 10, 12]
 TARGET_RANK = 3
 CONTEXT = 64
+EFFECT = 0.03  # of a planted change: KL divergence of its output, nats per token
 
 
-# The signals, by the names of the rows.
-
-
-class Total(Worth):
-    """The worth of the whole change, not per rank."""
-
-    def scores(self) -> dict[str, float]:
-        return dict(self.worth)
-
-
-class Gate(Total):
-    """The derivative of the loss along the strength of the whole change, squared: here tokens may
-    cancel."""
-
-    @staticmethod
-    def value(products: Tensor) -> Tensor:
-        return products.sum().square()
-
-
-class SensitivityOfAB(Sensitivity):
+class SensitivityOfAB(signals.Sensitivity):
     """IncreLoRA has no core, so here it does not count."""
 
     LEFT_OUT = ("lora_L", "lora_U")
-
-
-class Gradient(RankAllocator):
-    """The norm of B's gradient: where the next step would change most."""
-
-    def scores(self) -> dict[str, float]:
-        scores = dict.fromkeys(self.adapters, 0.0)
-        for name, adapter in self.adapters.items():
-            if adapter.lora_B.grad is not None:
-                scores[name] = adapter.lora_B.grad.norm().item()
-        return scores
 
 
 class Oracle(RankAllocator):
@@ -89,16 +62,24 @@ class Oracle(RankAllocator):
 
 
 SIGNALS = {
-    "random": Random,
-    "uniform": Uniform,
-    "paper": RankAllocator,
-    "gradient": Gradient,
-    "increlora": SensitivityOfAB,
-    "gate": Gate,
-    "worth": Total,
-    "worth per rank": Worth,
+    "random": signals.Random,
+    "uniform": saves.Watched,
+    "importance": RankAllocator,
+    "norm": signals.UpdateNorm,
+    "sensitivity, of A and B": SensitivityOfAB,
+    "worth": signals.Worth,
     "oracle": Oracle,
 }
+
+
+def growth(name: str, steps: int) -> dict:
+    """Settings of a RankAllocator."""
+    if name == "gentle":
+        own = {"schedule": "fixed", "top_k": 4, "warmup": steps * 3 // 10}
+        own["interval"] = max(1, steps // 25)
+    else:
+        own = {"schedule": "linear", "warmup": steps // 50, "interval": max(1, steps // 300)}
+    return own | {"target_rank": TARGET_RANK, "total_steps": steps}
 
 
 # The teacher.
@@ -193,16 +174,8 @@ class Student:
         )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.allocator = SIGNALS[signal](
-            self.adapters,
-            self.optimizer,
-            schedule="fixed",
-            top_k=config["top_k"],
-            target_rank=TARGET_RANK,
-            total_steps=config["steps"],
-            warmup=config["warmup"],
-            interval=config["interval"],
-        )
+        settings = growth(config["growth"], config["steps"])
+        self.allocator = SIGNALS[signal](self.adapters, self.optimizer, **settings)
         self.allocator.planted = planted  # for the oracle alone
 
     def step(self, t: int, ids: Tensor) -> None:
@@ -216,10 +189,10 @@ class Student:
         self.allocator.step(t)
 
     @torch.no_grad()
-    def validate(self, windows) -> float:
-        """Mean divergence over 32 batches."""
+    def validate(self, windows, batches: int) -> float:
+        """Mean divergence over so many batches."""
         values = []
-        for part in torch.arange(len(windows)).split(self.config["batch_size"])[:32]:
+        for part in torch.arange(len(windows)).split(self.config["batch_size"])[:batches]:
             inputs, _ = data.batch(windows, part)
             values.append(divergence(self.model, self.teacher, inputs).item())
         return statistics.mean(values)
@@ -227,43 +200,34 @@ class Student:
 
 def measure(signal: str, seed: int, base: GPT, examples: dict, config: dict) -> dict:
     """One student, from its teacher to its measures."""
-    began = time.process_time()
     size = config["batch_size"]
     sample = torch.cat([draw(examples, 1_000_000 + seed, step, size) for step in range(4)])
     teacher, planted = plant(base, config["targets"], sample, seed, config["effect"])
     torch.manual_seed(seed)
     student = Student(signal, base, teacher, planted, config)
-    before = student.validate(examples["val"])
+    student.allocator.loss = lambda: student.validate(examples["val"], batches=4)
+    before = student.validate(examples["val"], batches=32)
     for step in range(1, config["steps"] + 1):
         student.step(step, draw(examples, seed, step, size))
 
     ranks = {name: adapter.rank for name, adapter in student.adapters.items()}
     right = sum(rank - 1 for name, rank in ranks.items() if planted[name] > 0)
-    return {
+    both = torch.tensor([*ranks.values()]), torch.tensor([*planted.values()])
+    cell = {
         "signal": signal,
+        "growth": config["growth"],
         "seed": seed,
         "share": right / (sum(ranks.values()) - len(ranks)),
-        "correlation": spearman(list(ranks.values()), list(planted.values())),
+        "correlation": saves.spearman(*both),
         "kl_before": before,
-        "kl": student.validate(examples["val"]),
+        "kl": student.validate(examples["val"], batches=32),
         "ranks": ranks,
         "planted": planted,
-        "seconds": time.process_time() - began,
+        "config": config,
     }
-
-
-def spearman(one: list[int], two: list[int]) -> float:
-    """The correlation of the places that two lists give, ties at their middle; 0 if all tie."""
-    if len(set(one)) == 1 or len(set(two)) == 1:
-        return 0.0
-    return float(np.corrcoef(places(one), places(two))[0, 1])
-
-
-def places(values: list[int]) -> np.ndarray:
-    values = np.array(values)
-    smaller = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
-    return smaller + equal / 2
+    if signal == "uniform":
+        cell["correlations"] = student.allocator.correlations()
+    return cell
 
 
 def main() -> None:
@@ -271,10 +235,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--signals", nargs="+", default=[*SIGNALS], choices=[*SIGNALS])
-    parser.add_argument("--top-k", type=int, default=4, help="matrices that grow at an allocation")
-    parser.add_argument("--effect", type=float, default=0.03, help="KL divergence of a change")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: i, i + n, ...")
     parser.add_argument("--results", type=Path, default=cells.RESULTS / "planted.jsonl")
     args, more = parser.parse_known_args()  # more: train.py's, such as --base and --data
     settings = train.parse_args(["--data", "code", "--batch-size", "4", "--device", "cpu", *more])
@@ -285,27 +248,22 @@ def main() -> None:
     examples = data.text_examples(settings.data, texts, tokenizer, context)
     config = {
         "steps": args.steps,
-        "top_k": args.top_k,
-        "effect": args.effect,
+        "effect": EFFECT,
         "lr": settings.lr,
         "context": context,
         "batch_size": settings.batch_size,
-        "warmup": args.steps * 3 // 10,
-        "interval": max(1, args.steps // 25),
-        "target_rank": TARGET_RANK,
-        "smoothing": Worth.SMOOTHING,
         "targets": settings.targets.split("|"),
         "data": settings.data,
         "base": settings.base,
-        "base_steps": settings.base_steps,
     }
-    done = [(cell["signal"], cell["seed"], cell["config"]) for cell in cells.read(args.results)]
-    for seed in range(args.seeds):
-        for signal in args.signals:
-            if (signal, seed, config) not in done:
-                cell = measure(signal, seed, base, examples, config)
-                cells.append(args.results, cell | {"config": config})
-                print(in_words(cell), flush=True)
+    wanted = list(itertools.product(("gentle", "default"), range(args.seeds), args.signals))
+    ran = [(c["growth"], c["seed"], c["signal"]) for c in cells.read(args.results)]
+    left = [run for run in wanted[args.share[0] :: args.share[1]] if run not in ran]
+
+    def run(growth: str, seed: int, signal: str) -> dict:
+        return measure(signal, seed, base, examples, config | {"growth": growth})
+
+    cells.work_off(args.results, left, run)
 
 
 def load_base(settings: argparse.Namespace) -> tuple:
@@ -316,14 +274,6 @@ def load_base(settings: argparse.Namespace) -> tuple:
     if parts["model"] is None:
         train.pretrain(base, tokenizer, settings.base_steps, device)
     return tokenizer, base
-
-
-def in_words(cell: dict) -> str:
-    return (
-        f"{cell['signal']}, seed {cell['seed']}: share {cell['share']:.2f}, correlation "
-        f"{cell['correlation']:.2f}, KL {cell['kl_before']:.3f} -> {cell['kl']:.4f}, "
-        f"{cell['seconds']:.0f} s"
-    )
 
 
 if __name__ == "__main__":

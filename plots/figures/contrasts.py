@@ -1,18 +1,14 @@
-"""The tables of evidence.jsonl: rows, and the declared contrasts with Holm's correction.
-
-python plots/figures/contrasts.py prose modules      # prints them; of MiniLM: CoLA SST-2
-"""
+"""What evidence.jsonl says: rows, paired differences, and the declared contrasts with Holm's p."""
 
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from plots.experiments import cells, evidence
 from plots.figures import intervals
-from plots.figures.tables import table
 
-CONTRASTS = [
+DECLARED = [
     ("importance", "random"),
     ("worth", "LoRA"),
     ("norm", "LoRA"),
@@ -21,76 +17,49 @@ CONTRASTS = [
 ]
 
 
-def test_losses(found: list[dict], task: str, row: str) -> dict[tuple[int, int], float]:
-    """{(base, seed): test loss} of a row's reported runs."""
-    losses = {}
-    for cell in found:
-        if (cell["task"], cell["row"]) == (task, row) and cell["test"] is not None:
-            losses[cell["base"], cell["seed"]] = cell["test"]["loss"]
-    return losses
+@dataclass
+class Contrast:
+    """Paired differences of the test loss, in nats, and what they say of their mean."""
+
+    gaps: list[float]
+    mean: float
+    half: float  # half the width of its 95 % interval
+    p: float  # of a paired t test
+    holm: float  # p, adjusted for the number of declared contrasts
+    visible: float  # the mean that would have been seen in four of five such samples
+
+
+def reported(found: list[dict], task: str, row: str) -> dict[tuple[int, int], dict]:
+    """{(base, seed): cell} of a row's reported runs."""
+    own = [c for c in found if (c["task"], c["row"]) == (task, row) and c["test"] is not None]
+    return {(cell["base"], cell["seed"]): cell for cell in own}
 
 
 def differences(found: list[dict], tasks: list[str], one: str, other: str) -> list[float]:
-    """One row minus another, paired by base and seed; those of all tasks together."""
+    """Test loss of one row minus another's, paired by base and seed; of all tasks together."""
     gaps = []
     for task in tasks:
-        ours = test_losses(found, task, one)
-        theirs = test_losses(found, task, other)
-        gaps += [ours[place] - theirs[place] for place in sorted(ours.keys() & theirs.keys())]
+        ours = reported(found, task, one)
+        theirs = reported(found, task, other)
+        for place in sorted(ours.keys() & theirs.keys()):
+            gaps.append(ours[place]["test"]["loss"] - theirs[place]["test"]["loss"])
     return gaps
 
 
-def contrast_table(found: list[dict], tasks: list[str]) -> str:
-    """The declared contrasts of tasks together. Holm's p below .05 is clear of zero."""
-    gaps = {pair: differences(found, tasks, *pair) for pair in CONTRASTS}
+def declared(found: list[dict], tasks: list[str]) -> dict[tuple[str, str], Contrast]:
+    """The declared contrasts that have run, of tasks together."""
+    gaps = {pair: differences(found, tasks, *pair) for pair in DECLARED}
     gaps = {pair: values for pair, values in gaps.items() if len(values) >= intervals.FEWEST}
-    adjusted = intervals.holm({pair: intervals.p_value(values) for pair, values in gaps.items()})
-    lines = []
+    p = {pair: intervals.p_value(values) for pair, values in gaps.items()}
+    holm = intervals.holm(p)
+    contrasts = {}
     for pair, values in gaps.items():
-        mean = f"{statistics.mean(values):+.4f} ± {intervals.half_width(values):.4f}"
-        lines.append(
-            [
-                " minus ".join(pair),
-                str(len(values)),
-                f"**{mean}**" if adjusted[pair] < 0.05 else mean,
-                f"{intervals.p_value(values):.4f}",
-                f"{adjusted[pair]:.4f}",
-                f"{intervals.smallest_visible(values):.4f}",
-            ]
+        contrasts[pair] = Contrast(
+            gaps=values,
+            mean=statistics.mean(values),
+            half=intervals.half_width(values),
+            p=p[pair],
+            holm=holm[pair],
+            visible=intervals.smallest_visible(values),
         )
-    return table(["contrast", "pairs", "difference, 95 %", "p", "Holm", "could have seen"], lines)
-
-
-def row_table(found: list[dict], task: str) -> str:
-    """Each row: its chosen setting, test loss and other scores, numbers trained at most."""
-    lines = []
-    for row in evidence.ROWS:
-        own = [c for c in found if (c["task"], c["row"]) == (task, row) and c["test"] is not None]
-        if not own:
-            continue
-        scores = []
-        for name in own[0]["test"]:
-            values = [cell["test"][name] for cell in own]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            scores.append(f"{name} {statistics.mean(values):.4f}{spread}")
-        setting = f"{own[0]['rate']:g}, {own[0]['second']:g}"
-        most = f"{max(cell['trainable'] for cell in own):,}"
-        lines.append([row, str(len(own)), setting, ", ".join(scores), most])
-    return table(
-        ["row", "runs", "rate, second setting", "test, mean ± deviation", "numbers"], lines
-    )
-
-
-def main() -> None:
-    tasks = sys.argv[1:]
-    if not tasks:
-        raise SystemExit("usage: python plots/figures/contrasts.py TASK ...")
-    found = cells.read(cells.RESULTS / "evidence.jsonl")
-    for task in tasks:
-        print(f"{task}\n\n{row_table(found, task)}\n\n{contrast_table(found, [task])}\n")
-    if len(tasks) > 1:
-        print(f"all together\n\n{contrast_table(found, tasks)}")
-
-
-if __name__ == "__main__":
-    main()
+    return contrasts

@@ -1,7 +1,7 @@
 """Draw the figures of README and of the pages in plots/ from plots/results/.
 
     python plots/figures/draw.py                   # every figure, and the tables
-    python plots/figures/draw.py compare ranks     # some
+    python plots/figures/draw.py compare ranks     # some of them
 
 No number in them is typed: what a title says is computed, too. A figure is a function from the
 lines of its results file to a matplotlib figure, and an entry in FIGURES; one whose results are
@@ -9,7 +9,8 @@ missing is skipped.
 """
 
 import itertools
-import json
+import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -28,21 +29,10 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from model import GPT, GPTConfig
-from plots.experiments import cells
+from plots.experiments import cells, evidence
 from plots.experiments.bench import CENTRE
-from plots.figures.intervals import (
-    Rows,
-    better_sign,
-    clear_side,
-    half_width,
-    interval,
-    metric_of,
-    paired,
-    per_task,
-    results_of,
-    shared_seeds,
-)
-from plots.figures.tables import BEST, SUMMARY, write_pages
+from plots.figures import contrasts, tables
+from plots.figures.intervals import FEWEST, half_width, interval
 from plots.run import split_name
 from train import parse_args
 from triadapt import SCHEDULES, RankAllocator, TriAdaptLinear, add_adapters, unpack_triangle
@@ -55,22 +45,21 @@ LOOKS = {
     "full": ("#000000", "*"),
     "core": ("#5D3A9B", "D"),
     "TriAdaptLoRA": ("#5D3A9B", "D"),
+    "importance": ("#0072B2", "o"),
     "linear": ("#0072B2", "o"),
-    "paper": ("#0072B2", "o"),
     "grown": ("#0072B2", "o"),
     "exponential": ("#56B4E9", "^"),
     "fixed": ("#009E73", "v"),
     "random": ("#E69F00", "<"),
     "uniform": ("#D55E00", ">"),
+    "norm": ("#009E73", "v"),
     "sensitivity": ("#CC79A7", "p"),
-    "increlora": ("#CC79A7", "p"),
     "worth": ("#8C510A", "P"),
     "AdaLoRA": ("#A39100", "X"),
     "by hand": ("#009E73", "v"),
     "dense": ("#E69F00", "<"),
 }
 GREY = LOOKS["LoRA"][0]
-GROWTHS = ("linear", "exponential", "fixed")  # the beginnings of the names of rows that grow
 
 
 class Missing(Exception):
@@ -78,42 +67,22 @@ class Missing(Exception):
 
 
 def style(row: str) -> dict:
-    """Colour and marker of a row. Hollow: at equal numbers instead of equal rank; peft's instead of
-    ours; per rank. Filled on the left: the same with a slow core; below: and from rank 2."""
+    """Colour and marker of a row; hollow are peft's."""
     colour, marker = "#444444", "d"
     for part, look in LOOKS.items():
         if part in row:
             colour, marker = look
-    hollow = any(word in row for word in ("equal", "peft", "per rank")) and "slow" not in row
-    filled = "left" if "slow" in row else "full"
-    if "from rank 2" in row:
-        filled = "bottom"
-    return {
-        "color": colour,
-        "marker": marker,
-        "markerfacecolor": "white" if hollow else colour,
-        "fillstyle": filled,
-        "markerfacecoloralt": "white",
-    }
+    inside = "white" if "peft" in row else colour
+    return {"color": colour, "marker": marker, "markerfacecolor": inside}
 
 
-def tasks_of(runs: list[dict], key: str = "task") -> dict[str, Rows]:
-    tasks = per_task(runs, key)
+def tasks_of(runs: list[dict]) -> list[str]:
+    """The tasks of which LoRA has reported runs enough for an interval."""
+    tasks = dict.fromkeys(cell["task"] for cell in runs)
+    tasks = [t for t in tasks if len(contrasts.reported(runs, t, "LoRA")) >= FEWEST]
     if not tasks:
         raise Missing
     return tasks
-
-
-def label_of(rows: Rows) -> str:
-    if metric_of(rows) == "accuracy":
-        return "test accuracy"
-    return "test loss, nats per token"
-
-
-def better_side(rows: Rows, row: str, other: str = "LoRA") -> int:
-    """1 if a row is better than another by its 95 % interval, -1 if it is worse, else 0."""
-    gaps = paired(rows, row, other)
-    return better_sign(rows) * clear_side(gaps) if gaps else 0
 
 
 def seeds_and_mean(axes, y: float, values: list[float], row: str) -> None:
@@ -271,39 +240,33 @@ def default_allocator(args) -> RankAllocator:
 # ------------------------------------------------------------------------ ranks, importance
 
 
+RANKED = ("importance", "norm", "worth", "random")  # rows whose ranks are shown
+
+
 def draw_ranks(runs: list[dict]) -> plt.Figure:
     """Mean final ranks, a panel for each row and task; how alike they are from seed to seed."""
     tasks = tasks_of(runs)
-    wanted = [*GROWTHS, "linear, sensitivity", "linear, worth", "linear, random"]
-    wanted = [row for row in wanted if any(row in rows for rows in tasks.values())]
-    if not wanted:
+    rows = [r for r in RANKED if any(contrasts.reported(runs, task, r) for task in tasks)]
+    if not rows:
         raise Missing
-    size = 3.3 * len(tasks) + 0.8, 1.6 * len(wanted) + 1.2
+    size = 3.6 * len(tasks) + 0.8, 1.8 * len(rows) + 1.2
     figure, panels = plt.subplots(
-        len(wanted), len(tasks), figsize=size, layout="constrained", squeeze=False
+        len(rows), len(tasks), figsize=size, layout="constrained", squeeze=False
     )
-    shares = {row: [] for row in wanted}  # of the growth, in the two richest matrices
-    for i, row in enumerate(wanted):
-        for j, (task, rows) in enumerate(tasks.items()):
+    shares = {row: [] for row in rows}  # of the growth, in the two richest matrices
+    for i, row in enumerate(rows):
+        for j, task in enumerate(tasks):
             axes = panels[i, j]
             axes.set(xticks=[], yticks=[])
             if i == 0:
                 axes.set_title(task)
             if j == 0:
-                axes.set_ylabel(row.replace(", ", ",\n"))
-            if row in rows:
-                found = list(rows[row].values())
-                shares[row].append(draw_mean_ranks(axes, found, top=i == 0, left=j == 0))
+                axes.set_ylabel(row)
+            own = [cell["ranks"] for cell in contrasts.reported(runs, task, row).values()]
+            if own:
+                shares[row].append(draw_mean_ranks(axes, own, top=i == 0))
 
-    words = {
-        "linear": "by the paper's importance",
-        "linear, sensitivity": "by sensitivity",
-        "linear, random": "at random",
-    }
-    said = []
-    for row, word in words.items():
-        if shares.get(row):
-            said.append(f"{statistics.mean(shares[row]):.0%} {word}")
+    said = [f"{statistics.mean(found):.0%} by {row}" for row, found in shares.items()]
     figure.suptitle(
         "Final ranks, mean over seeds. The two richest matrices get this share of the growth:\n"
         + ", ".join(said)
@@ -311,20 +274,26 @@ def draw_ranks(runs: list[dict]) -> plt.Figure:
     return figure
 
 
-def draw_mean_ranks(axes, found: list[dict], top: bool, left: bool) -> float:
+def block_and_kind(name: str) -> tuple[str, str]:
+    """("blocks.0", "q") of blocks.0.q; ("layer.0", "attention.self.query") of a BERT's."""
+    number = re.search(r"\d+", name)
+    kind = name[number.end() + 1 :]
+    return f"block {number.group()}", kind.replace("attention.", "").replace(".dense", "")
+
+
+def draw_mean_ranks(axes, found: list[dict[str, int]], top: bool) -> float:
     """A grid of blocks and kinds of matrices. Returns the share of the two richest matrices."""
-    names = [split_name(name) for name in found[0]["ranks"]]
+    names = [block_and_kind(name) for name in found[0]]
     blocks = list(dict.fromkeys(block for block, _ in names))
     kinds = list(dict.fromkeys(kind for _, kind in names))
     grid = np.full((len(found), len(blocks), len(kinds)), np.nan)  # (seeds, blocks, kinds)
-    for seed, cell in enumerate(found):
-        for name, rank in cell["ranks"].items():
-            block, kind = split_name(name)
+    for seed, ranks in enumerate(found):
+        for (block, kind), rank in zip(names, ranks.values(), strict=True):
             grid[seed, blocks.index(block), kinds.index(kind)] = rank
     mean = grid.mean(0)
-    start = found[0]["settings"]["init_rank"]
 
     # Twice the mean rank, and all above it, is yellow.
+    start = evidence.START_RANK
     image = axes.imshow(mean, cmap="cividis", vmin=start, vmax=2 * mean.mean(), aspect="auto")
     for y, x in np.ndindex(mean.shape):
         colour = "white" if image.norm(mean[y, x]) < 0.5 else "black"
@@ -334,12 +303,10 @@ def draw_mean_ranks(axes, found: list[dict], top: bool, left: bool) -> float:
         if one.std() > 0 and two.std() > 0:
             alike.append(np.corrcoef(one, two)[0, 1])
     axes.set_xlabel(f"seeds correlate {np.mean(alike):.2f}" if alike else "", fontsize=9)
+    axes.yaxis.set_ticks(range(len(blocks)), blocks, fontsize=8)
     if top:
-        axes.xaxis.set_ticks(range(len(kinds)), kinds)
+        axes.xaxis.set_ticks(range(len(kinds)), kinds, fontsize=8)
         axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
-    if left:
-        labels = [f"block {block.rpartition('.')[2]}" for block in blocks]
-        axes.yaxis.set_ticks(range(len(blocks)), labels)
     growth = np.sort((mean - start).ravel())
     return growth[-2:].sum() / growth.sum()
 
@@ -442,183 +409,129 @@ def draw_scores(axes, grown: list[dict]) -> None:
 # --------------------------------------------------------------------------- the comparison
 
 
+DESCRIBED = ["importance", "random", "uniform", "norm-change", "core, no growth", "AdaLoRA (peft)"]
+
+
 def draw_compare(runs: list[dict]) -> plt.Figure:
-    """A panel for each task: differences to LoRA, each seed, mean, 95 % interval."""
+    """A panel for each task: the declared contrasts, and other rows minus LoRA."""
     tasks = tasks_of(runs)
-    order = [row for group in SUMMARY.values() for row in group]
-    order += [cell["row"] for cell in runs]
-    names = []
-    for row in dict.fromkeys(order):
-        # Full fine-tuning is far off the scale.
-        if row not in ("full fine-tuning", "LoRA") and any(row in r for r in tasks.values()):
-            names.insert(0, row)
-    size = 3 * len(tasks) + 2, 0.28 * len(names) + 2.2
+    pairs = [*contrasts.DECLARED, *((row, "LoRA") for row in DESCRIBED)]
+    pairs = [p for p in pairs if any(contrasts.differences(runs, [t], *p) for t in tasks)][::-1]
+    size = 3 * len(tasks) + 2.4, 0.36 * len(pairs) + 2
     figure, panels = plt.subplots(
         1, len(tasks), figsize=size, sharey=True, layout="constrained", squeeze=False
     )
-    for axes, (task, rows) in zip(panels[0], tasks.items(), strict=True):
-        for y, row in enumerate(names):
-            gaps = paired(rows, row)
-            if gaps:
-                axes.plot(interval(gaps), [y, y], color=style(row)["color"], linewidth=3)
-                seeds_and_mean(axes, y, gaps, row)
-        sides = [better_side(rows, row) for row in names if row in rows and row.startswith(GROWTHS)]
+    described = sum(pair not in contrasts.DECLARED for pair in pairs)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        declared = contrasts.declared(runs, [task])
+        for y, (one, other) in enumerate(pairs):
+            gaps = contrasts.differences(runs, [task], one, other)
+            if len(gaps) >= FEWEST:
+                seeds_and_mean(axes, y, gaps, one)
+                axes.plot(interval(gaps), [y, y], color=style(one)["color"], linewidth=3)
+        clear = sum(contrast.holm < 0.05 for contrast in declared.values())
         axes.axvline(0, color=GREY, linestyle="--")
-        side = "right" if better_sign(rows) > 0 else "left"
-        axes.set(xlabel=f"{label_of(rows)}\nminus LoRA's ({side} is better)")
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        said = f"of {len(sides)} growths {sides.count(1)} better, {sides.count(-1)} worse"
-        axes.set_title(f"{task}\n{said}", fontsize=11)
-    figure.suptitle(compare_in_words(tasks), fontsize=12)
-    return figure
-
-
-def compare_in_words(tasks: dict[str, Rows]) -> str:
-    def wins(row: str, other: str) -> int:
-        return sum(better_side(rows, row, other) == 1 for rows in tasks.values())
-
-    control = BEST.replace("worth", "random")
-    return (
-        "By 95 % intervals the paper's importance (linear) is better than random choice on "
-        f"{wins('linear', 'linear, random')} and than uniform choice on "
-        f"{wins('linear', 'linear, uniform')} of {len(tasks)} tasks;\n"
-        "worth, with a slow core, from rank 2 (last row), than LoRA on "
-        f"{wins(BEST, 'LoRA')} and than random choice on {wins(BEST, control)}"
-    )
-
-
-def draw_parameters(runs: list[dict]) -> plt.Figure:
-    """What a row reaches against the numbers that it trains in the end."""
-    tasks = tasks_of(runs)
-    size = 3.6 * len(tasks), 7.4
-    figure, panels = plt.subplots(2, len(tasks), figsize=size, layout="constrained", squeeze=False)
-    handles = {}
-    ratio = 0.0  # full fine-tuning's numbers over LoRA's
-    wins = 0  # the tasks on which full fine-tuning is best
-    for (everything, adapters), (task, rows) in zip(panels.T, tasks.items(), strict=True):
-        label = label_of(rows)
-        means = {}
-        for row in rows:
-            alone = None if row.startswith("full") else adapters
-            means[row], handles[row] = draw_row(everything, alone, rows, row)
-        full = means.pop("full fine-tuning", None)
-        if full is not None:
-            ratio = full[0] / means["LoRA"][0]
-            sign = better_sign(rows)
-            wins += all(sign * full[1] > sign * value for _, value in means.values())
-        everything.set(xscale="log", title=task, xlabel="numbers trained in the end", ylabel=label)
-        said = f"rank correlation\nof numbers and {metric_of(rows)} {rank_correlation(means):+.2f}"
-        adapters.set_title(f"adapters alone: {said}", fontsize=10)
-        adapters.set(xlabel="numbers trained in the end", ylabel=label)
-        adapters.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    figure.legend(handles.values(), handles, ncols=3, loc="outside lower center", fontsize=9)
-    said = "Result and trained numbers"
-    if ratio > 0:
-        said = (
-            f"Full fine-tuning, with {ratio:.0f} times LoRA's numbers, is best on {wins} of "
-            f"{len(tasks)} tasks"
-        )
-    figure.suptitle(f"{said} (mean and s.d. over seeds)")
-    return figure
-
-
-def draw_row(everything, alone, rows: Rows, row: str) -> tuple:
-    """A cross in both panels, or in one. Returns ((mean numbers, mean result), its handle)."""
-    found = list(rows[row].values())
-    numbers = [cell["trainable"]["final"] for cell in found]
-    values = results_of(rows, row, list(rows[row]))
-    mean = statistics.mean(numbers), statistics.mean(values)
-    look = style(row) | {"linestyle": "", "elinewidth": 0.8, "markersize": 7}
-    if len(values) > 1:
-        look |= {"xerr": statistics.stdev(numbers), "yerr": statistics.stdev(values)}
-    if alone is not None:
-        alone.errorbar(*mean, **look)
-    return mean, everything.errorbar(*mean, **look)
-
-
-def rank_correlation(means: dict[str, tuple[float, float]]) -> float:
-    """Spearman's, of the numbers and the results of all rows."""
-    if len(means) < 3:
-        return float("nan")
-    places = np.argsort(np.argsort(list(means.values()), axis=0), axis=0)
-    return np.corrcoef(places.T)[0, 1]
-
-
-def draw_low_data(runs: list[dict]) -> plt.Figure:
-    """Test loss, and the paired difference to LoRA, against the size of the training text."""
-    sizes = dict(sorted(tasks_of(runs, "tokens").items()))
-    figure, (loss, gap) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
-    names = list(dict.fromkeys(row for rows in sizes.values() for row in rows))
-    sides = []
-    for i, row in enumerate(names):
-        there = [n for n, rows in sizes.items() if shared_seeds(rows, row)]
-        means = []
-        for n in there:
-            seeds = shared_seeds(sizes[n], row)
-            means.append(statistics.mean(results_of(sizes[n], row, seeds)))
-        loss.plot(there, means, **style(row), label=row)
-        if row in ("LoRA", "full fine-tuning"):  # full fine-tuning is far off the scale
-            continue
-        gaps = [paired(sizes[n], row) for n in there]
-        x = side_by_side(there, i, len(names))
-        for place, found in zip(x, gaps, strict=True):
-            gap.plot([place, place], interval(found), color=style(row)["color"], linewidth=1.2)
-        gap.plot(x, [statistics.mean(found) for found in gaps], **style(row), linewidth=0.8)
-        if row.startswith(GROWTHS):
-            sides += [better_side(sizes[n], row) for n in there]
-
-    gap.axhline(0, color=GREY, linestyle="--")
-    loss.set(title="Mean over seeds", ylabel="test loss, nats per token")
-    gap.set(title="Paired, with 95 % interval: below 0 is better")
-    gap.set_ylabel("test loss minus LoRA's, nats per token")
-    for axes in (loss, gap):
-        name_ticks(axes, list(sizes), "training tokens")
-    handles, labels = loss.get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=4, loc="outside lower center", fontsize=9)
+        axes.axhline(described - 0.5, color="black", linewidth=0.8)
+        axes.set(xlabel="test loss, nats (left is better)")
+        axes.set_title(f"{task}: {clear} of {len(declared)} clear", fontsize=11)
+        axes.set_yticks(range(len(pairs)), [" − ".join(pair) for pair in pairs], fontsize=9)
     figure.suptitle(
-        f"Of {len(sides)} pairs of growth and text size, {sides.count(1)} are better than LoRA "
-        f"and {sides.count(-1)} worse, by 95 % intervals"
+        "Paired differences with 95 % intervals. Above the line: declared contrasts, clear if "
+        "Holm's p is\nbelow .05; below it: other rows, described and not tested",
+        fontsize=11,
     )
     return figure
+
+
+def draw_rates(runs: list[dict]) -> plt.Figure:
+    """The validation loss of the selection runs at each learning rate."""
+    tasks = tasks_of(runs)
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(3.4 * len(tasks) + 1, 4), layout="constrained", squeeze=False
+    )
+    handles = {}
+    for axes, task in zip(panels[0], tasks, strict=True):
+        for row in ("LoRA", "core, no growth", "importance", "random", "worth"):
+            best = {}  # {rate: loss at the better second setting}
+            for (rate, _), loss in evidence.selection(runs, task, row).items():
+                best[rate] = min(loss, best.get(rate, math.inf))
+            rates = sorted(best)
+            if rates:
+                losses = [best[rate] for rate in rates]
+                (handles[row],) = axes.plot(rates, losses, **style(row), linewidth=1.2)
+        axes.set(title=task, xscale="log", xlabel="learning rate")
+    panels[0, 0].set_ylabel("validation loss, nats")
+    figure.legend(handles.values(), handles, ncols=len(handles), loc="outside lower center")
+    said = []
+    for row in ("LoRA", "importance"):
+        rises = [rise(runs, task, row) for task in tasks if evidence.selection(runs, task, row)]
+        if rises:
+            said.append(f"{row} {statistics.mean(rises):.3f}")
+    figure.suptitle(
+        "Mean of two selection seeds at each rate of the grid. Mean distance of a rate's loss from "
+        f"the best one's:\n{', '.join(said)}",
+        fontsize=11,
+    )
+    return figure
+
+
+def rise(runs: list[dict], task: str, row: str) -> float:
+    """How far above the best setting of a row its other ones of the first grid are, in the mean."""
+    known = evidence.selection(runs, task, row)
+    rates = evidence.RATES[evidence.model_of(task)]
+    losses = [loss for (rate, _), loss in known.items() if rate in rates and loss < math.inf]
+    return statistics.mean(losses) - min(losses)
 
 
 # ------------------------------------------------------------------- planted ranks, and costs
 
 
 def draw_planted(runs: list[dict]) -> plt.Figure:
-    """Did the rank go where it was needed, and was it worth it?"""
-
-    def twin(cell: dict) -> str:
-        return json.dumps([cell["seed"], cell.get("config")])
-
-    uniform = {twin(cell): cell["kl"] for cell in runs if cell["signal"] == "uniform"}
-    if not uniform:
+    """Did the rank go where it was needed, and was it worth it? A row of panels for each growth."""
+    growths = list(dict.fromkeys(cell["growth"] for cell in runs if cell["signal"] == "uniform"))
+    if not growths:
         raise Missing
-    figure, (share, rest) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
-    signals = list(dict.fromkeys(cell["signal"] for cell in runs))[::-1]
-    said = {}
+    size = 10, 3.2 * len(growths) + 1
+    figure, panels = plt.subplots(
+        len(growths), 2, figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    said = []
+    for line, growth in zip(panels, growths, strict=True):
+        own = [cell for cell in runs if cell["growth"] == growth]
+        shares, kls = planted_panels(*line, own)
+        line[0].set_ylabel(f"{growth} growth")
+        for name in ("importance", "oracle"):
+            if name in shares:
+                said.append(
+                    f"{growth}, {name}: {statistics.mean(shares[name]):.0%} of the added rank is "
+                    f"where it is needed, divergence {statistics.mean(kls[name]):+.0f} ± "
+                    f"{half_width(kls[name]):.0f} % against uniform growth"
+                )
+    figure.suptitle("\n".join(said), fontsize=10)
+    return figure
+
+
+def planted_panels(share, rest, own: list[dict]) -> tuple[dict, dict]:
+    """Draw both measures of each signal. Returns {signal: share of each seed, divergence}."""
+    uniform = {cell["seed"]: cell["kl"] for cell in own if cell["signal"] == "uniform"}
+    signals = list(dict.fromkeys(cell["signal"] for cell in own))[::-1]
+    shares = {}
+    kls = {}
     for y, signal in enumerate(signals):
-        own = [cell for cell in runs if cell["signal"] == signal and twin(cell) in uniform]
-        if own:
-            shares = [cell["share"] for cell in own]
-            kls = [100 * (cell["kl"] / uniform[twin(cell)] - 1) for cell in own]
-            seeds_and_mean(share, y, shares, signal)
-            seeds_and_mean(rest, y, kls, signal)
-            said[signal] = (
-                f"{statistics.mean(shares):.0%} of the added rank where it is needed, divergence "
-                f"{statistics.mean(kls):+.0f} ± {half_width(kls):.0f} % against uniform growth"
-            )
-    chance = statistics.mean(rank > 0 for cell in runs for rank in cell["planted"].values())
+        runs = [cell for cell in own if cell["signal"] == signal and cell["seed"] in uniform]
+        shares[signal] = [cell["share"] for cell in runs]
+        kls[signal] = [100 * (cell["kl"] / uniform[cell["seed"]] - 1) for cell in runs]
+        seeds_and_mean(share, y, shares[signal], signal)
+        seeds_and_mean(rest, y, kls[signal], signal)
+    chance = statistics.mean(rank > 0 for cell in own for rank in cell["planted"].values())
     share.axvline(chance, color="black", linestyle="--", linewidth=1)
     share.text(chance + 0.01, len(signals) - 0.5, "chance", va="center")
     rest.axvline(0, color=LOOKS["uniform"][0], linestyle="--", linewidth=1)
     share.set_yticks(range(len(signals)), signals)
     share.set(xlim=(0, 1.03), ylim=(-0.5, len(signals) - 0.2))
-    share.set_xlabel("share of the added rank in planted matrices\n(right is better)")
-    rest.set_xlabel("final KL divergence against uniform growth's, %\n(left is better)")
-    told = [f"{name}: {said[name]}" for name in ("paper", "oracle") if name in said]
-    figure.suptitle("\n".join(told) or "Planted ranks")
-    return figure
+    share.set_xlabel("share of the added rank in planted matrices (right is better)")
+    rest.set_xlabel("final KL divergence against uniform growth's, % (left is better)")
+    return shares, kls
 
 
 BENCH_AXES = {  # label of an axis: the settings that vary along it
@@ -689,14 +602,13 @@ def draw_costs(axes, label: str, here: list[dict]) -> dict:
 FIGURES = {
     "method": (draw_method, None),
     "growth": (draw_growth, None),
-    "ranks": (draw_ranks, "compare.jsonl"),
+    "ranks": (draw_ranks, "evidence.jsonl"),
     "importance": (draw_importance, "first_run/log.jsonl"),
     "blind": (draw_blind, "blind.jsonl"),
-    "parameters": (draw_parameters, "compare.jsonl"),
-    "low_data": (draw_low_data, "low_data.jsonl"),
+    "rates": (draw_rates, "evidence.jsonl"),
     "planted": (draw_planted, "planted.jsonl"),
     "bench": (draw_bench, "bench.jsonl"),
-    "compare": (draw_compare, "compare.jsonl"),
+    "compare": (draw_compare, "evidence.jsonl"),
 }
 
 
@@ -729,4 +641,4 @@ if __name__ == "__main__":
     for figure_name in sys.argv[1:] or FIGURES:
         draw(figure_name)
     if not sys.argv[1:]:
-        write_pages()
+        tables.write_pages()

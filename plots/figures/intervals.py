@@ -1,4 +1,4 @@
-"""What figures and tables say of results: paired differences and their 95 % intervals."""
+"""Student's t: intervals, p values, Holm's correction, and what could have been seen."""
 
 import functools
 import math
@@ -41,8 +41,11 @@ def half_width(values: list[float], level: float = 0.95) -> float:
 
 def p_value(values: list[float]) -> float:
     """Of a paired t test: that a mean as far from 0 comes by chance."""
+    mean = statistics.mean(values)
     error = statistics.stdev(values) / len(values) ** 0.5
-    return p_of_t(statistics.mean(values) / error, len(values) - 1)
+    if error == 0:
+        return float(mean == 0)
+    return p_of_t(mean / error, len(values) - 1)
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -74,60 +77,3 @@ def clear_side(values: list[float]) -> int:
     """1 or -1 if the whole interval is on that side of zero; 0 if not, or if there is none."""
     low, high = interval(values)
     return int(low > 0) - int(high < 0)
-
-
-# Cells of compare.jsonl and the like. `Rows` are those of one task: {row: {seed: cell}}.
-
-Rows = dict[str, dict[int, dict]]
-
-
-def chosen_cells(cells: list[dict]) -> Rows:
-    """Of one task: each row's cells at its learning rate of lowest validation loss on seed 0.
-
-    A row whose seed 0 has not run yet is left out.
-    """
-    rows = {}
-    for row in dict.fromkeys(cell["row"] for cell in cells):
-        own = [cell for cell in cells if cell["row"] == row]
-        first = [cell for cell in own if cell["seed"] == 0]
-        if first:
-            best = min(first, key=lambda cell: cell["val"]["loss"])
-            rows[row] = {cell["seed"]: cell for cell in own if cell["rate"] == best["rate"]}
-    return rows
-
-
-def per_task(cells: list[dict], key: str = "task") -> dict[str, Rows]:
-    """{task: rows} at chosen rates, for the tasks that have LoRA to compare with."""
-    tasks = {}
-    for task in dict.fromkeys(cell[key] for cell in cells):
-        rows = chosen_cells([cell for cell in cells if cell[key] == task])
-        if "LoRA" in rows:
-            tasks[task] = rows
-    return tasks
-
-
-def metric_of(rows: Rows) -> str:
-    """What a task is judged by: accuracy if it has one, else loss."""
-    cell = next(iter(rows["LoRA"].values()))
-    return "accuracy" if "accuracy" in cell["test"] else "loss"
-
-
-def better_sign(rows: Rows) -> int:
-    """The sign of what is better: 1 for accuracy, -1 for loss."""
-    return 1 if metric_of(rows) == "accuracy" else -1
-
-
-def shared_seeds(rows: Rows, row: str, other: str = "LoRA") -> list[int]:
-    return sorted(rows.get(row, {}).keys() & rows.get(other, {}).keys())
-
-
-def results_of(rows: Rows, row: str, seeds: list[int]) -> list[float]:
-    metric = metric_of(rows)
-    return [rows[row][seed]["test"][metric] for seed in seeds]
-
-
-def paired(rows: Rows, row: str, other: str = "LoRA") -> list[float]:
-    """Test results of one row minus another's, of the seeds that both have."""
-    seeds = shared_seeds(rows, row, other)
-    pairs = zip(results_of(rows, row, seeds), results_of(rows, other, seeds), strict=True)
-    return [one - two for one, two in pairs]

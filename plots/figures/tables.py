@@ -13,18 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import train
-from plots.experiments import cells
-from plots.figures.intervals import (
-    Rows,
-    better_sign,
-    clear_side,
-    half_width,
-    metric_of,
-    paired,
-    per_task,
-    results_of,
-    shared_seeds,
-)
+from plots.experiments import ablations, cells, evidence, saves
+from plots.figures import contrasts, intervals
 
 PAGES = [ROOT / "README.md", ROOT / "plots" / "RESULTS.md", ROOT / "plots" / "BENCH.md"]
 
@@ -34,20 +24,22 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def mean_and_deviation(values: list[float], digits: int) -> str:
+def mean_and_deviation(values: list[float], digits: int = 4) -> str:
+    if not values:
+        return "–"
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def difference(gaps: list[float]) -> str:
-    """Mean and half width of the 95 % interval, bold if the interval is clear of zero."""
+def difference(gaps: list[float], digits: int = 4) -> str:
+    """Mean and half width of the 95 % interval by Student's t, if there are values enough."""
     if not gaps:
         return "–"
-    text = f"{statistics.mean(gaps):+.4f}"
-    if half_width(gaps) == half_width(gaps):  # not nan
-        text += f" ± {half_width(gaps):.4f}"
-    return f"**{text}**" if clear_side(gaps) else text
+    text = f"{statistics.mean(gaps):+.{digits}f}"
+    if len(gaps) >= intervals.FEWEST:
+        text += f" ± {intervals.half_width(gaps):.{digits}f}"
+    return text
 
 
 # README.md.
@@ -126,236 +118,176 @@ def first_run() -> str:
     )
 
 
-BEST = "linear, worth, equal numbers, slow core, from rank 2"
-FOUND = {  # how README calls a row: its name in compare.jsonl
-    "full fine-tuning": "full fine-tuning",
-    "LoRA": "LoRA",
-    "TriAdaptLoRA's core at its full rank, no growth": "core, no growth",
-    "growth by the paper's importance": "linear",
-    "growth at random": "linear, random",
-    "growth by `worth`, LoRA's numbers, slow core, from rank 2": BEST,
-}
+NONE_YET = "The runs are under way; none is reported yet."
+FOUND = [
+    "full fine-tuning",
+    "LoRA",
+    "core, no growth",
+    "importance",
+    "random",
+    "worth",
+    "ranks of worth",
+    "ranks of worth, permuted",
+]
+GROUPS = {"a real model": ["CoLA", "SST-2"], "our GPT": ["prose", "modules"]}
+ALL_TASKS = [task for tasks in GROUPS.values() for task in tasks]
+SCORES = {"CoLA": "matthews", "SST-2": "accuracy", "modules": "accuracy"}  # beside the loss
 
 
-def found_table() -> str:
-    """The rows of README's section on what was found."""
-    tasks = per_task(cells.read(cells.RESULTS / "compare.jsonl"))
-    head = [f"{task}, {metric_of(rows)}" for task, rows in tasks.items()]
+def found() -> str:
+    """README's rows on each task, and what was declared to be tested."""
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
+    tasks = has_run(runs, ALL_TASKS)
+    if not tasks:
+        return NONE_YET
     lines = []
-    for label, row in FOUND.items():
-        seeds = {len(shared_seeds(rows, row)) for rows in tasks.values()}
-        shown = [difference(paired(rows, row)) for rows in tasks.values()]
-        if row == "LoRA":
-            seeds = seed_counts(tasks, FOUND.values())
-            shown = [levels_of_lora(rows, FOUND.values()) for rows in tasks.values()]
-        lines.append([label, ", ".join(map(str, sorted(seeds))), *shown])
-    return table(["", "seeds", *head], lines)
+    for row in FOUND:
+        shown = [minus_lora(runs, task, row) for task in tasks]
+        if set(shown) != {"–"}:
+            lines.append([row, *shown])
+    parts = [table(["", *tasks], lines)]
+    for name, group in GROUPS.items():
+        ran = has_run(runs, group)
+        if ran:
+            parts.append(declared_in_words(contrasts.declared(runs, ran), name, ran))
+    return "\n\n".join(parts)
 
 
-# What is said of LoRA itself: its mean over just those seeds that other rows are paired with.
+def declared_in_words(found: dict, name: str, tasks: list[str]) -> str:
+    said = []
+    for (one, other), contrast in found.items():
+        verdict = "clear" if contrast.holm < 0.05 else "not clear"
+        said.append(f"{one} minus {other} {difference(contrast.gaps)} ({verdict})")
+    return f"Declared contrasts of {name}, {' and '.join(tasks)} together: {'; '.join(said)}."
 
 
-def seed_counts(tasks: dict[str, Rows], names) -> set[int]:
-    counts = {len(shared_seeds(rows, row)) for rows in tasks.values() for row in names}
-    return counts - {0}
+def has_run(runs: list[dict], tasks: list[str]) -> list[str]:
+    """The tasks of which LoRA has reported runs."""
+    return [task for task in tasks if contrasts.reported(runs, task, "LoRA")]
 
 
-def levels_of_lora(rows: Rows, names) -> str:
-    """LoRA's mean over the seeds of each other row, one for each number of seeds."""
-    levels = {}
-    for row in names:
-        seeds = shared_seeds(rows, row)
-        if row != "LoRA" and seeds:
-            levels[len(seeds)] = statistics.mean(results_of(rows, "LoRA", seeds))
-    return ", ".join(f"{levels[n]:.4f}" for n in sorted(levels))
+def minus_lora(runs: list[dict], task: str, row: str) -> str:
+    """A row's test loss minus LoRA's, paired; LoRA's own."""
+    if row == "LoRA":
+        own = contrasts.reported(runs, task, row).values()
+        return mean_and_deviation([cell["test"]["loss"] for cell in own])
+    return difference(contrasts.differences(runs, [task], row, "LoRA"))
 
 
 # plots/RESULTS.md.
 
-SUMMARY = {  # what comparable rows share: their names in compare.jsonl
-    "references": ["LoRA", "full fine-tuning", "AdaLoRA (peft)"],
-    "at equal total rank": [
-        "core, no growth",
-        "linear",
-        "exponential",
-        "fixed",
-        "linear, random",
-        "linear, uniform",
-        "linear, sensitivity",
-        "linear, worth",
-    ],
-    "with no more numbers than LoRA": [
-        "linear, importance, equal numbers",
-        "linear, random, equal numbers",
-        "linear, uniform, equal numbers",
-        "linear, sensitivity, equal numbers",
-        "linear, worth, equal numbers",
-    ],
-    "the same, the core at a tenth of the learning rate": [
-        "core, no growth, slow core",
-        "linear, importance, equal numbers, slow core",
-        "linear, random, equal numbers, slow core",
-        "linear, uniform, equal numbers, slow core",
-        "linear, worth, equal numbers, slow core",
-    ],
-    "and from rank 2": [
-        "linear, random, equal numbers, slow core, from rank 2",
-        "linear, uniform, equal numbers, slow core, from rank 2",
-        "linear, worth, equal numbers, slow core, from rank 2",
-    ],
-}
 
-
-def summary_table() -> str:
-    """compare.jsonl in one table: each row's paired difference to LoRA on each task."""
-    tasks = per_task(cells.read(cells.RESULTS / "compare.jsonl"))
-    names = [row for group in SUMMARY.values() for row in group]
+def rows_table() -> str:
+    """Each row of evidence.jsonl: its loss minus LoRA's, other scores, numbers and settings."""
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
+    tasks = has_run(runs, ALL_TASKS)
+    if not tasks:
+        return NONE_YET
     lines = []
-    for group, members in SUMMARY.items():
-        lines.append([f"*{group}*"] + [""] * (len(tasks) + 1))
-        for row in members:
-            # The group says what the end of the name says.
-            name = re.sub("(, (equal numbers|slow core|from rank 2))+$", "", row)
-            seeds = {len(shared_seeds(rows, row)) for rows in tasks.values()}
-            shown = [summary_entry(rows, row) for rows in tasks.values()]
-            if row == "LoRA":
-                seeds = seed_counts(tasks, names)
-                shown = [f"({levels_of_lora(rows, names)})" for rows in tasks.values()]
-            lines.append([name, ", ".join(map(str, sorted(seeds))), *shown])
-    head = [f"{task}, {metric_of(rows)}" for task, rows in tasks.items()]
-    return (
-        "Test loss in nats per token, test accuracy on `modules`: minus LoRA's, paired by seed, "
-        "mean ± 95 % interval by Student's t, and in brackets the row's own mean over these seeds. "
-        "**Bold**: the interval is clear of zero. LoRA's row has its means over as many seeds. "
-        "Each row's learning rate was chosen on validation, on seed 0.\n\n"
-        + table(["", "seeds", *head], lines)
-    )
+    for row in evidence.ROWS:
+        own = {task: [*contrasts.reported(runs, task, row).values()] for task in tasks}
+        if row in evidence.HIGHER or not any(own.values()):
+            continue
+        line = [row]
+        for task in tasks:
+            line.append(minus_lora(runs, task, row))
+            score = SCORES.get(task)
+            if score:
+                line.append(mean_and_deviation([c["test"][score] for c in own[task]], 3))
+        shown = [cells_of[0] for cells_of in own.values() if cells_of]
+        line.append("; ".join(f"{cell['rate']:g}, {cell['second']:g}" for cell in shown))
+        line.append(numbers_of(own))
+        lines.append(line)
+    head = [""]
+    for task in tasks:
+        head += [f"{task}, loss"] + [SCORES[task]] * (task in SCORES)
+    return table([*head, "rate, second setting", "numbers, at most"], lines)
 
 
-def summary_entry(rows: Rows, row: str) -> str:
-    seeds = shared_seeds(rows, row)
-    if not seeds:
+def numbers_of(own: dict[str, list[dict]]) -> str:
+    """The most numbers that a row trains, of each model."""
+    most = {}
+    for task, runs in own.items():
+        for cell in runs:
+            model = evidence.model_of(task)
+            most[model] = max(cell["trainable"], most.get(model, 0))
+    return ", ".join(f"{number:,}" for number in most.values())
+
+
+def contrasts_table() -> str:
+    """The declared contrasts, of the tasks of each model together and singly."""
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
+    columns = {}
+    for group in GROUPS.values():
+        tasks = has_run(runs, group)
+        sets = [[task] for task in tasks]
+        for together in [tasks, *sets] if len(tasks) > 1 else sets:
+            columns[" and ".join(together)] = contrasts.declared(runs, together)
+    if not columns:
+        return NONE_YET
+    lines = []
+    for pair in contrasts.DECLARED:
+        shown = [contrast_in_words(found.get(pair)) for found in columns.values()]
+        lines.append([" minus ".join(pair), *shown])
+    return table(["", *columns], lines)
+
+
+def contrast_in_words(contrast: contrasts.Contrast | None) -> str:
+    if contrast is None:
         return "–"
-    mean = statistics.mean(results_of(rows, row, seeds))
-    return f"{difference(paired(rows, row))} ({mean:.4f})"
+    gap = difference(contrast.gaps)
+    gap = f"**{gap}**" if contrast.holm < 0.05 else gap
+    return f"{gap} (Holm {contrast.holm:.3f}; could have seen {contrast.visible:.4f})"
 
 
-def compare_tables(file: str) -> str:
-    """A table per task: result, paired difference to LoRA over the same seeds, and the costs."""
-    parts = []
-    for task, rows in per_task(cells.read(cells.RESULTS / file)).items():
-        metric = metric_of(rows)
-        sign = better_sign(rows)
-        direction = "higher is better" if sign > 0 else "lower is better"
-        before = next(iter(rows["LoRA"].values()))["before"][metric]
-        order = sorted(rows, key=lambda row: -sign * mean_result(rows, row))
-        head = [
-            "",
-            "seeds",
-            f"test {metric}",
-            "LoRA, the same seeds",
-            "minus LoRA, paired, 95 %",
-            "at the step best on validation",
-            "learning rate",
-            "trainable: first, peak, mean, last",
-            "forgetting",
-            "seconds",
-            "file, kB",
-        ]
-        parts.append(
-            f"**{task}**: test {metric} ({direction}; {before:.3f} before adapting)\n\n"
-            + table(head, [compare_line(rows, row) for row in order])
-            + "\n"
-        )
-    return "\n".join(parts)
-
-
-def mean_result(rows: Rows, row: str) -> float:
-    return statistics.mean(results_of(rows, row, shared_seeds(rows, row)))
-
-
-def compare_line(rows: Rows, row: str) -> list[str]:
-    metric = metric_of(rows)
-    seeds = shared_seeds(rows, row)
-    runs = [rows[row][seed] for seed in seeds]
-    lora = f"{statistics.mean(results_of(rows, 'LoRA', seeds)):.4f}"
-    gap = difference(paired(rows, row))
-    if row == "LoRA":
-        lora = gap = ""
-    numbers = []
-    for when in ("initial", "peak", "mean", "final"):
-        numbers.append(f"{statistics.mean(run['trainable'][when] for run in runs):,.0f}")
-    return [
-        row,
-        str(len(seeds)),
-        mean_and_deviation(results_of(rows, row, seeds), 4),
-        lora,
-        gap,
-        f"{statistics.mean(run['best_test'][metric] for run in runs):.4f}",
-        f"{runs[0]['rate']:g}",
-        ", ".join(numbers),
-        f"{statistics.mean(run['forgetting'] for run in runs):.2f}",
-        f"{statistics.median(run['seconds'] for run in runs):.0f}",
-        f"{statistics.median(run['file_bytes'] for run in runs) / 1000:.0f}",
-    ]
-
-
-def rates_table(file: str) -> str:
-    """The test loss of seed 0 at each learning rate: rows may differ by their rates alone."""
-    first = [cell for cell in cells.read(cells.RESULTS / file) if cell["seed"] == 0]
-    rates = sorted({cell["rate"] for cell in first})
+def rates_table() -> str:
+    """What LoRA and growth lose at higher rates than theirs, and how their seeds spread."""
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
     lines = []
-    for row in dict.fromkeys(cell["row"] for cell in first):
-        losses = {cell["rate"]: cell["test"]["loss"] for cell in first if cell["row"] == row}
-        lines.append([row] + [f"{losses[rate]:.4f}" if rate in losses else "–" for rate in rates])
-    head = ["", *(f"{rate:g}" for rate in rates)]
-    return f"Seed 0, test loss at each learning rate:\n\n{table(head, lines)}"
+    for task in has_run(runs, ALL_TASKS):
+        for row in ("LoRA", "importance"):
+            own = contrasts.reported(runs, task, row)
+            if not own:
+                continue
+            lost = []
+            for multiple in (2, 4):
+                higher = f"{row}, {multiple} times the rate"
+                lost.append(difference(contrasts.differences(runs, [task], higher, row)))
+            losses = [cell["test"]["loss"] for cell in own.values()]
+            rate = next(iter(own.values()))["rate"]
+            lines.append([task, row, f"{rate:g}", *lost, spread(losses)])
+    if not lines:
+        return NONE_YET
+    head = ["", "", "rate", "lost at twice the rate", "at four times", "distance from the median"]
+    return table(head, lines)
 
 
-def long_runs() -> str:
-    return f"{compare_tables('low_data_600.jsonl')}\n{rates_table('low_data_600.jsonl')}"
+def spread(losses: list[float]) -> str:
+    """The mean distance of a seed from the median, with its 95 % interval."""
+    middle = statistics.median(losses)
+    return difference([abs(loss - middle) for loss in losses]).removeprefix("+")
 
 
-def defaults_table() -> str:
-    """defaults.jsonl: each method at its best learning rate, and each way to grow."""
-    runs = cells.read(cells.RESULTS / "defaults.jsonl")
-    first = {cell["row"]: cell["val_loss"] for cell in runs if cell["seed"] == 0}
-    best = {}  # method: its row with the best learning rate, by the validation loss of seed 0
-    for row in first:
-        method = row.partition(", lr ")[0]
-        if method not in best or first[row] < first[best[method]]:
-            best[method] = row
-    chosen = {}  # method: {seed: cell}
-    for method, row in best.items():
-        chosen[method] = {cell["seed"]: cell for cell in runs if cell["row"] == row}
-
+def saves_table() -> str:
+    """How the scores of each signal go with what the adapters save."""
+    runs = cells.read(cells.RESULTS / "saves.jsonl")
+    sets = {}
+    for cell in runs:
+        sets.setdefault(cell["task"], []).append(cell["correlations"])
+    for cell in cells.read(cells.RESULTS / "planted.jsonl"):
+        if "correlations" in cell:
+            sets.setdefault(f"planted, {cell['growth']}", []).append(cell["correlations"])
     lines = []
-    for method, own in chosen.items():
-        lora = chosen.get("LoRA", {})
-        losses = [cell["test_loss"] for cell in own.values()]
-        gaps = [own[s]["test_loss"] - lora[s]["test_loss"] for s in sorted(own.keys() & lora)]
-        trained = statistics.mean(cell["trainable"] for cell in own.values())
-        lines.append(
-            [
-                method,
-                mean_and_deviation(losses, 3),
-                "" if method == "LoRA" else difference(gaps),
-                f"{own[0]['settings']['lr']:g}",
-                f"{round(trained):,}",
-                str(max(cell["spent_at"] for cell in own.values()) or "–"),
-            ]
-        )
-    head = [
-        *("", "test loss", "minus LoRA, paired, 95 %", "learning rate"),
-        *("trainable at the end", "budget spent at step"),
-    ]
-    return (
-        "Test loss on prose in nats per token, mean ± standard deviation of "
-        f"{min(len(own) for own in chosen.values())} seeds; the base has "
-        f"{runs[0]['base_loss']:.3f}. The learning rate of each method is the one of lowest "
-        "validation loss on seed 0, from the grid in plots/experiments/defaults.py; rows that "
-        f"differ in growth alone share one rate.\n\n{table(head, lines)}"
-    )
+    for name in saves.WATCHED:
+        line = [name]
+        for found in sets.values():
+            for when in ("now", "end"):
+                line.append(difference([each[name][when] for each in found], digits=2))
+        lines.append(line)
+    head = [""]
+    for task, found in sets.items():
+        head += [f"{task} ({len(found)} runs), then", "in the end"]
+    return table(head, lines)
 
 
 def ablations_table() -> str:
@@ -363,52 +295,32 @@ def ablations_table() -> str:
     rows = {}
     for cell in cells.read(cells.RESULTS / "ablations.jsonl"):
         rows.setdefault(cell["row"], {})[cell["seed"]] = cell
-    reference = rows["reference"]
+    gaps = {}
+    for row in rows:
+        reference = rows["beta2 .999" if row.startswith("beta2 .999,") else "reference"]
+        seeds = sorted(rows[row].keys() & reference.keys())
+        gaps[row] = [rows[row][seed]["test"] - reference[seed]["test"] for seed in seeds]
+    del gaps["reference"]
+    enough = {row: own for row, own in gaps.items() if len(own) >= intervals.FEWEST}
+    holm = intervals.holm({row: intervals.p_value(own) for row, own in enough.items()})
     lines = []
-    for row in sorted(rows, key=lambda row: "worth" in row):  # those last
-        runs = rows[row]
-        seeds = sorted(runs.keys() & reference.keys())
-        gaps = [runs[seed]["test"] - reference[seed]["test"] for seed in seeds]
-        jump = statistics.mean(cell["jump"] or 0 for cell in runs.values())
+    for row in sorted(rows, key=[*ablations.ROWS].index):
+        runs = rows[row].values()
+        gap = difference(gaps[row]) if row in gaps else ""
         lines.append(
             [
                 row,
-                str(len(seeds)),
-                mean_and_deviation([runs[seed]["test"] for seed in seeds], 4),
-                "" if row == "reference" else difference(gaps),
-                str(max(cell["spent_at"] for cell in runs.values()) or "–"),
-                f"{jump:.1%}",
+                str(len(runs)),
+                mean_and_deviation([cell["test"] for cell in runs]),
+                f"**{gap}**" if holm.get(row, 1) < 0.05 else gap,
+                f"{holm[row]:.4f}" if row in holm else "",
+                str(max(cell["spent_at"] for cell in runs) or "–"),
             ]
         )
-    head = [
-        *("", "seeds", "test loss", "minus reference, paired, 95 %", "budget spent at step"),
-        "change of the logits at the first growth",
-    ]
-    base = next(iter(reference.values()))["base"]
+    head = ["", "seeds", "test loss", "minus reference, 95 %", "Holm", "budget spent at step"]
+    base = next(iter(rows["reference"].values()))["base"]
     said = f"Test loss on prose in nats per token; the base has {base:.3f}."
     return f"{said}\n\n{table(head, lines)}"
-
-
-def moments_table() -> str:
-    """moments.jsonl: rules for the second moments of new entries, against the paced ones."""
-    losses = {}  # setting: {rule: {seed: test loss}}
-    for cell in cells.read(cells.RESULTS / "moments.jsonl"):
-        start, _, setting = cell["row"].partition(", ")
-        rules = losses.setdefault(setting, {})
-        rules.setdefault(start.removeprefix("moments "), {})[cell["seed"]] = cell["test"]
-    lines = []
-    for setting, rules in losses.items():
-        line = [
-            setting,
-            str(len(rules["paced"])),
-            mean_and_deviation([*rules["paced"].values()], 4),
-        ]
-        for one, other in (("zero", "paced"), ("mean", "paced"), ("zero", "mean")):
-            seeds = sorted(rules[one].keys() & rules[other].keys())
-            line.append(difference([rules[one][seed] - rules[other][seed] for seed in seeds]))
-        lines.append(line)
-    head = ["", "seeds", "paced: test loss", "zero minus paced", "mean minus paced"]
-    return table([*head, "zero minus mean"], lines)
 
 
 def planted_table() -> str:
@@ -416,16 +328,16 @@ def planted_table() -> str:
     runs = cells.read(cells.RESULTS / "planted.jsonl")
     lines = []
     for signal in dict.fromkeys(cell["signal"] for cell in runs):
-        own = [cell for cell in runs if cell["signal"] == signal]
-        line = [signal, str(len(own))]
-        for key, digits in (("share", 2), ("correlation", 2), ("kl", 4)):
-            line.append(mean_and_deviation([cell[key] for cell in own], digits))
+        line = [signal]
+        for growth in ("gentle", "default"):
+            own = [c for c in runs if (c["signal"], c["growth"]) == (signal, growth)]
+            for key, digits in (("share", 2), ("correlation", 2), ("kl", 4)):
+                line.append(mean_and_deviation([cell[key] for cell in own], digits))
         lines.append(line)
-    head = [
-        *("signal", "seeds", "share of the added rank in planted matrices", "rank correlation"),
-        "final KL, nats per token",
-    ]
-    return table(head, lines)
+    head = ["share in planted matrices", "rank correlation", "final KL, nats per token"]
+    return table(
+        ["signal", *(f"gentle: {h}" for h in head), *(f"default: {h}" for h in head)], lines
+    )
 
 
 # plots/BENCH.md.
@@ -462,14 +374,13 @@ def bench_table() -> str:
 PARTS = {
     "paper": paper_table,
     "first run": first_run,
-    "found": found_table,
-    "summary": summary_table,
-    "comparison": lambda: compare_tables("compare.jsonl"),
-    "long runs": long_runs,
-    "defaults": defaults_table,
-    "ablations": ablations_table,
-    "moments": moments_table,
+    "found": found,
+    "rows": rows_table,
+    "contrasts": contrasts_table,
+    "rates": rates_table,
+    "saves": saves_table,
     "planted": planted_table,
+    "ablations": ablations_table,
     "bench": bench_table,
 }
 
