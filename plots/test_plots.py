@@ -38,6 +38,7 @@ from plots.experiments import (
     minilm,
     planted,
     saves,
+    time_to_loss,
 )
 from plots.figures import animate, contrasts, draw, intervals, tables
 from triadapt import SCHEDULES, SIGNALS, RankAllocator, TriAdaptLinear, add_adapters
@@ -548,6 +549,21 @@ def test_the_benchmark_measures_every_variant(sweep, monkeypatch, capsys):
     assert "--rounds 1" in capsys.readouterr().err
 
 
+def test_the_time_to_a_loss_ends_at_the_first_validation_below_it(sweep, monkeypatch):
+    monkeypatch.setattr(time_to_loss, "ROWS", {"LoRA": ["--method", "lora"], "growth": []})
+
+    def evaluate(run, split: str) -> dict:
+        slope = 0.05 if run.args.method == "lora" else 0.01
+        return {f"{split}_loss": 6.0 - slope * run.step}
+
+    monkeypatch.setattr(train.Run, "evaluate", evaluate)
+    options = [*TINY, "--steps", "60", "--batch-size", "4", "--seeds", 1]
+    lora, growth = sweep(time_to_loss, *options)
+    assert (lora["reached"], lora["steps"]) == (True, 30)  # 4.5 is below 4.6, and step 20 is not
+    assert (growth["reached"], growth["steps"]) == (False, 60)
+    assert growth["seconds"] > 0
+
+
 @pytest.mark.parametrize("method", [bench.ByHand, bench.DenseByHand])
 def test_the_backwards_by_hand_of_the_benchmark_are_autograds(method):
     base = nn.Linear(6, 9)
@@ -795,7 +811,8 @@ def test_a_link_of_the_paper_table_is_to_the_definition():
 PARTS_OF = {
     "README.md": ["paper", "first run", "found"],
     "RESULTS.md": ["rows", "contrasts", "rates", "saves", "planted", "ablations"],
-    "BENCH.md": ["bench"],
+    "BENCH.md": ["bench", "time to loss"],
+    "RELEASED.md": ["claims"],
 }
 
 

@@ -147,7 +147,7 @@ def measure(
         adapters = add_adapters(net.encoder, TARGETS, *start)
     net.head.requires_grad_(True)
     groups = train.parameter_groups(net, settings.get("core_lr_ratio", 1.0))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     give_ranks(adapters, optimizer)
     allocator = None
     if settings["score"] is not None:

@@ -1,4 +1,4 @@
-"""Write the tables of README.md, plots/RESULTS.md and plots/BENCH.md from plots/results/.
+"""Write the tables of README.md and of the pages in plots/ from plots/results/.
 
     python plots/figures/tables.py            # so does draw.py, after all figures
 
@@ -16,7 +16,8 @@ import train
 from plots.experiments import ablations, cells, evidence, saves
 from plots.figures import contrasts, intervals
 
-PAGES = [ROOT / "README.md", ROOT / "plots" / "RESULTS.md", ROOT / "plots" / "BENCH.md"]
+PAGES = [ROOT / "README.md"]
+PAGES += [ROOT / "plots" / name for name in ("RESULTS.md", "BENCH.md", "RELEASED.md")]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -290,22 +291,35 @@ def saves_table() -> str:
     return table(head, lines)
 
 
+def ablated_rows() -> dict[str, dict[int, dict]]:
+    """{row: {seed: cell}} of ablations.jsonl, in the order of the experiment."""
+    rows = {row: {} for row in ablations.ROWS}
+    for cell in cells.read(cells.RESULTS / "ablations.jsonl"):
+        rows[cell["row"]][cell["seed"]] = cell
+    return {row: own for row, own in rows.items() if own}
+
+
+def ablation_gaps() -> dict[str, list[float]]:
+    """Test loss of each row minus that of its reference, paired by seed."""
+    rows = ablated_rows()
+    gaps = {}
+    for row, own in rows.items():
+        reference = rows["beta2 .999" if row.startswith("beta2 .999,") else "reference"]
+        if row != "reference":
+            seeds = sorted(own.keys() & reference.keys())
+            gaps[row] = [own[seed]["test"] - reference[seed]["test"] for seed in seeds]
+    return gaps
+
+
 def ablations_table() -> str:
     """ablations.jsonl: the test loss of each row, and its paired difference to the reference."""
-    rows = {}
-    for cell in cells.read(cells.RESULTS / "ablations.jsonl"):
-        rows.setdefault(cell["row"], {})[cell["seed"]] = cell
-    gaps = {}
-    for row in rows:
-        reference = rows["beta2 .999" if row.startswith("beta2 .999,") else "reference"]
-        seeds = sorted(rows[row].keys() & reference.keys())
-        gaps[row] = [rows[row][seed]["test"] - reference[seed]["test"] for seed in seeds]
-    del gaps["reference"]
+    rows = ablated_rows()
+    gaps = ablation_gaps()
     enough = {row: own for row, own in gaps.items() if len(own) >= intervals.FEWEST}
     holm = intervals.holm({row: intervals.p_value(own) for row, own in enough.items()})
     lines = []
-    for row in sorted(rows, key=[*ablations.ROWS].index):
-        runs = rows[row].values()
+    for row, cells_of in rows.items():
+        runs = cells_of.values()
         gap = difference(gaps[row]) if row in gaps else ""
         lines.append(
             [
@@ -368,7 +382,125 @@ def bench_table() -> str:
         f"{settings['batch'] * settings['context']} tokens a batch, {settings['device']} with "
         f"{settings['threads']} threads: median of {settings['rounds']} rounds. Scores and growth "
         f"of all matrices at once take {cell['allocation']:.2f} of a step.\n\n{table(head, lines)}"
+        f"\n\n{bench_in_words()}"
     )
+
+
+def bench_in_words() -> str:
+    """Where the time goes at the centre, and how far the variants are apart on all axes."""
+    runs = cells.read(cells.RESULTS / "bench.jsonl")
+    ours, limit = (runs[0]["parts"][name] for name in ("TriAdaptLoRA", "limit"))
+    added = [one - other for one, other in zip(ours, limit, strict=True)]
+    forward, backward, optimiser = (part / sum(added) for part in added)
+
+    def times(one: str, other: str) -> str:
+        ratios = [cell["ratio"][one] / cell["ratio"][other] for cell in runs]
+        return f"{min(ratios):.2f} to {max(ratios):.2f} times ({statistics.median(ratios):.2f})"
+
+    lines = [
+        f"- Where the time goes: TriAdaptLoRA adds {sum(added):.3f} steps of the limit, of which "
+        f"{forward:.0%} in the forward and {backward:.0%} in the backward, in thin products that "
+        f"read and write all activations, and {optimiser:.0%} in the optimiser.",
+        f"- Over {len(runs)} configurations (median in brackets) a step of TriAdaptLoRA takes "
+        f"{times('TriAdaptLoRA', 'LoRA')} as long as one of LoRA, a grown one "
+        f"{times('TriAdaptLoRA, grown', 'LoRA')}.",
+    ]
+    if "peft LoRA" in runs[0]["ratio"]:
+        lines.append(
+            f"- A step of peft's LoRA takes {times('peft LoRA', 'LoRA')} as long as one of LoRA "
+            f"here, of peft's AdaLoRA {times('peft AdaLoRA', 'TriAdaptLoRA')} as long as one of "
+            "TriAdaptLoRA."
+        )
+    lines.append(
+        f"- With its backward by hand it takes {times('TriAdaptLoRA, by hand', 'TriAdaptLoRA')} as "
+        f"long as without, with the dense sum {times('TriAdaptLoRA, dense by hand', 'TriAdaptLoRA')}."
+    )
+    return "\n".join(lines)
+
+
+def time_table() -> str:
+    """time_to_loss.jsonl: seconds and steps of each row until the given loss."""
+    runs = cells.read(cells.RESULTS / "time_to_loss.jsonl")
+    lora = {cell["seed"]: cell["seconds"] for cell in runs if cell["row"] == "LoRA"}
+    lines = []
+    for row in dict.fromkeys(cell["row"] for cell in runs):
+        own = [cell for cell in runs if cell["row"] == row]
+        there = [cell for cell in own if cell["reached"]]
+        line = [row, f"{len(there)} of {len(own)}"]
+        if there:
+            seconds = [cell["seconds"] for cell in there]
+            ratios = [
+                cell["seconds"] / lora[cell["seed"]] for cell in there if cell["seed"] in lora
+            ]
+            line.append(f"{statistics.median(cell['steps'] for cell in there):g}")
+            line.append(
+                f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+            )
+            line.append(f"{statistics.median(ratios):.2f}")
+        lines.append(line + ["–"] * (5 - len(line)))
+    head = ["", "runs that got there", "steps", "seconds (all runs)", "LoRA's seconds, same seed"]
+    said = (
+        f"Until a validation loss of {runs[0]['given']} nats per token on the main job, "
+        f"{runs[0]['device']} with {runs[0]['threads']} threads; medians."
+    )
+    return f"{said}\n\n{table(head, lines)}"
+
+
+# plots/RELEASED.md.
+
+
+def claims_table() -> str:
+    """The paper's claims, each with what was measured of it."""
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
+    ablated = ablation_gaps()
+    planted = cells.read(cells.RESULTS / "planted.jsonl")
+    tasks = has_run(runs, ALL_TASKS)
+    lines = []
+
+    said = []
+    for task in tasks:
+        gaps = contrasts.differences(runs, [task], "importance", "LoRA")
+        said.append(f"{task} {difference(gaps)}{clear_word(gaps)}")
+    lines.append(["better than other PEFT methods", "loss minus LoRA's", said])
+
+    said = []
+    for group in GROUPS.values():
+        ran = has_run(runs, group)
+        found = contrasts.declared(runs, ran).get(("importance", "random"))
+        if found is not None:
+            said.append(f"{' and '.join(ran)} {contrast_in_words(found)}")
+    shares = [c["share"] for c in planted if (c["signal"], c["growth"]) == ("importance", "default")]
+    if shares:
+        said.append(f"share of the rank in planted matrices {mean_and_deviation(shares, 2)}")
+    what = "loss minus that of growth at random; a third of the planted rank is chance"
+    lines.append(["the importance finds where rank is needed", what, said])
+
+    said = []
+    for row in ("exponential schedule", "fixed schedule"):
+        said.append(f"{row} {difference(ablated.get(row, []))}{clear_word(ablated.get(row, []))}")
+    lines.append(["linear is the best schedule", "loss minus linear growth's, on prose", said])
+
+    said = []
+    for task in tasks:
+        for row in ("LoRA", "importance"):
+            gaps = contrasts.differences(runs, [task], f"{row}, 2 times the rate", row)
+            if gaps:
+                said.append(f"{task}, {row} {difference(gaps)}")
+    lines.append(["more stable", "lost at twice the chosen learning rate", said])
+
+    ratio = cells.read(cells.RESULTS / "bench.jsonl")[0]["ratio"]
+    names = ("TriAdaptLoRA, grown", "LoRA", "peft AdaLoRA")
+    said = [f"{name} {ratio[name]:.2f}" for name in names if name in ratio]
+    lines.append(["cheaper", "a step, in steps of the frozen base", said])
+
+    shown = [[claim, what, "; ".join(said) or "not run yet"] for claim, what, said in lines]
+    return table(["claim", "what was measured", "here"], shown)
+
+
+def clear_word(gaps: list[float]) -> str:
+    if len(gaps) < intervals.FEWEST:
+        return ""
+    return {0: " (not clear)", 1: " (behind)", -1: " (ahead)"}[intervals.clear_side(gaps)]
 
 
 PARTS = {
@@ -382,6 +514,8 @@ PARTS = {
     "planted": planted_table,
     "ablations": ablations_table,
     "bench": bench_table,
+    "time to loss": time_table,
+    "claims": claims_table,
 }
 
 
