@@ -8,14 +8,14 @@ All rows are the main job with half its batch, on its base and at its learning r
 needs another rate looks worse than it is. --rows takes beginnings of row names. A finished run is
 a line of plots/results/ablations.jsonl, so that a stopped sweep goes on where it was.
 
-"New moments" are Adam's second moments of new entries: zero, or paced as in the first edition,
-which took back after each step what an entry moved faster than in a freshly started Adam;
-triadapt.py gives them the mean of what their tensor has. They are compared for two beta2, as it
-tells how long moments last.
+"New moments" are Adam's second moments of new entries: zero, or paced, which takes back after each
+step what an entry moved faster than in a freshly started Adam; triadapt.py gives them the mean of
+what their tensor has. They are compared for two beta2, as it tells how long moments last. A core
+that is not trained has no importance, so its row grows uniformly and is compared with such a row.
 
 A recipe is what one variant of the released code starts its tensors as, its scale and its
-importance, in our own code; growth, budget, optimiser and learning rates are ours. Their first
-block is a full matrix twice, ours two triangles.
+importance, in our own code; growth, budget, optimiser and learning rates are ours. The first block
+of the block variants is a full matrix twice, ours two triangles.
 """
 
 import argparse
@@ -26,11 +26,12 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import train
+from plots import signals  # noqa: F401  (enters uniform in SIGNALS)
 from plots.experiments import cells
 from triadapt import METHODS, SIGNALS, RankAllocator, TriAdaptLinear
 
@@ -43,23 +44,29 @@ ALPHA = 16.0  # train.py's default, which an adapter does not know: it is given 
 class CurrentScale(TriAdaptLinear):
     """Scale alpha / current rank: growth scales down what is trained."""
 
+    def __init__(self, base: nn.Module, rank: int, *settings):
+        super().__init__(base, rank, *settings)
+        self.scale = ALPHA / rank
+
     def grow(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         super().grow(n, optimizer)
         self.scale = ALPHA / self.rank
 
 
 class RandomCore(TriAdaptLinear):
-    """A core of small random numbers, not the identity. B is zero: growth changes no output."""
+    """The core starts as small random numbers, not as the identity; growth is as ever, so that it
+    changes no output."""
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         entries = super().new_entries(n)
-        for name in ("lora_L", "lora_U"):
-            entries[name] = torch.randn_like(entries[name]) * 0.02
+        if self.rank == 0:
+            for name in ("lora_L", "lora_U"):
+                entries[name] = torch.randn_like(entries[name]) * 0.02
         return entries
 
 
 class Released(TriAdaptLinear):
-    """What the released variants share: normal A, B zero, core zero, importance per block."""
+    """What the block variants share: normal A, B zero, core zero, importance per block."""
 
     blocks = 0
 
@@ -74,14 +81,15 @@ class Released(TriAdaptLinear):
         return self.core().norm() / self.blocks
 
 
-class Single(Released, CurrentScale):
-    """..._single: all normal, but the first B."""
+class Single(CurrentScale):
+    """..._single: all normal, but the first column of B; importance as in the paper."""
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         entries = super().new_entries(n)
         for name, new in entries.items():
-            if name != "lora_B" or self.blocks > 1:
-                entries[name] = torch.randn_like(new) * 0.02
+            entries[name] = torch.randn_like(new) * 0.02
+        if self.rank == 0:
+            entries["lora_B"][:, 0] = 0
         return entries
 
 
@@ -216,7 +224,7 @@ SIGNALS |= {
 COMMON = ["--batch-size", "4", "--eval-interval", "300"]
 BETA2 = 0.999  # of the rows that name it; else train.py's .99
 
-# {row: options of train.py}. The rows of the other beta2 are compared with the first of these.
+# {row: options of train.py}.
 ROWS = {
     "reference": [],
     "learning rate 0.005": ["--lr", "5e-3"],
@@ -230,7 +238,8 @@ ROWS = {
     "warm-up 30 %": ["--warmup", "90"],
     "scale alpha / current rank": ["--method", "current-scale"],
     "core at 0.1 of the learning rate": ["--core-lr-ratio", "0.1"],
-    "core not trained": ["--core-lr-ratio", "0"],
+    "uniform growth": ["--score", "uniform"],
+    "uniform growth, core not trained": ["--score", "uniform", "--core-lr-ratio", "0"],
     "random core": ["--method", "random-core"],
     "baseline before growth": ["--score", "baseline-before"],
     "new moments zero": ["--score", "zero-moments"],
@@ -239,8 +248,15 @@ ROWS = {
     "beta2 .999, new moments zero": ["--score", "zero-moments"],
     "beta2 .999, new moments paced": ["--score", "paced-moments"],
 }
+REFERENCES = ("uniform growth", "beta2 .999")  # of the rows whose names go on from theirs
 for recipe in ("single", "block-c0", "block-cb0", "block-abc0", "eye", "core-zero"):
     ROWS[f"released: {recipe}"] = ["--method", recipe, "--score", "baseline-before"]
+
+
+def reference_of(row: str) -> str:
+    """The row that one is compared with."""
+    start = row.partition(",")[0]
+    return start if start in REFERENCES and start != row else "reference"
 
 
 def measure(row: str, seed: int, options: list[str]) -> dict:
@@ -274,14 +290,11 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", default=[""], help="beginnings of row names")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: i, i + n, ...")
-    parser.add_argument("--results", type=Path, default=cells.RESULTS / "ablations.jsonl")
-    args, options = parser.parse_known_args()
+    args, options = cells.parse(parser, "ablations.jsonl")
     rows = [row for row in ROWS if row.startswith(tuple(args.rows))]
     wanted = [(row, seed) for seed in range(args.seeds) for row in rows]
-    ran = {(cell["row"], cell["seed"]) for cell in cells.read(args.results)}
-    left = [run for run in wanted[args.share[0] :: args.share[1]] if run not in ran]
-    cells.work_off(args.results, left, lambda row, seed: measure(row, seed, options))
+    ran = [(cell["row"], cell["seed"]) for cell in cells.read(args.results)]
+    cells.work_off(args, wanted, ran, lambda row, seed: measure(row, seed, options))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ The teacher is the base with low-rank changes planted in a random third of its m
 is the base with an adapter of rank 1 on every matrix; it learns the teacher's distribution, and its
 budget is just what the changes need. A signal is good if the added rank lands in planted matrices
 (`share`: by chance 1/3, at best 1) in the right amounts (`correlation`: Spearman's, of final and
-planted ranks). Growth is `gentle`, four matrices at each of up to 25 allocations in the last 70 %
-of the steps, or by train.py's `default`. In the runs of `uniform` all other signals look on, and
-are compared with what each adapter saves, as in saves.py. A finished run is a line of
+planted ranks). Growth is `gentle`, four matrices at each of 12 allocations from 30 % of the steps
+on, or by train.py's `default`. In the runs of `uniform` all other signals look on, and are compared
+with what each adapter saves, as in saves.py. A finished run is a line of
 plots/results/planted.jsonl.
 
-Each change alone moves the output by the same KL divergence. Scaled to one fraction of their
-matrices' norms instead, they would differ by four orders of magnitude, and those in q and k of the
-later blocks could not be seen at all.
+Each change alone moves the output by the same KL divergence; one to three in q or k of each seed
+fall short, as none gets more than 20 times its matrix's norm. Scaled to one fraction of their norms
+instead, they would differ by four orders of magnitude, and those in q and k of the later blocks
+could not be seen at all.
 """
 
 import argparse
@@ -43,12 +44,6 @@ CONTEXT = 64
 EFFECT = 0.03  # of a planted change: KL divergence of its output, nats per token
 
 
-class SensitivityOfAB(signals.Sensitivity):
-    """IncreLoRA has no core, so here it does not count."""
-
-    LEFT_OUT = ("lora_L", "lora_U")
-
-
 class Oracle(RankAllocator):
     """Knows the planted ranks, which Student tells it."""
 
@@ -61,12 +56,12 @@ class Oracle(RankAllocator):
         return missing
 
 
-SIGNALS = {
+RIVALS = {
     "random": signals.Random,
     "uniform": saves.Watched,
     "importance": RankAllocator,
     "norm": signals.UpdateNorm,
-    "sensitivity, of A and B": SensitivityOfAB,
+    "sensitivity": signals.Sensitivity,
     "worth": signals.Worth,
     "oracle": Oracle,
 }
@@ -175,7 +170,7 @@ class Student:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         settings = growth(config["growth"], config["steps"])
-        self.allocator = SIGNALS[signal](self.adapters, self.optimizer, **settings)
+        self.allocator = RIVALS[signal](self.adapters, self.optimizer, **settings)
         self.allocator.planted = planted  # for the oracle alone
 
     def step(self, t: int, ids: Tensor) -> None:
@@ -226,7 +221,7 @@ def measure(signal: str, seed: int, base: GPT, examples: dict, config: dict) -> 
         "config": config,
     }
     if signal == "uniform":
-        cell["correlations"] = student.allocator.correlations()
+        cell |= student.allocator.compare()
     return cell
 
 
@@ -236,10 +231,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--signals", nargs="+", default=[*SIGNALS], choices=[*SIGNALS])
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: i, i + n, ...")
-    parser.add_argument("--results", type=Path, default=cells.RESULTS / "planted.jsonl")
-    args, more = parser.parse_known_args()  # more: train.py's, such as --base and --data
+    parser.add_argument("--signals", nargs="+", default=[*RIVALS], choices=[*RIVALS])
+    args, more = cells.parse(parser, "planted.jsonl")  # more: such as --base and --data
     settings = train.parse_args(["--data", "code", "--batch-size", "4", "--device", "cpu", *more])
     torch.set_num_threads(1)
     tokenizer, base = load_base(settings)
@@ -258,12 +251,11 @@ def main() -> None:
     }
     wanted = list(itertools.product(("gentle", "default"), range(args.seeds), args.signals))
     ran = [(c["growth"], c["seed"], c["signal"]) for c in cells.read(args.results)]
-    left = [run for run in wanted[args.share[0] :: args.share[1]] if run not in ran]
 
     def run(growth: str, seed: int, signal: str) -> dict:
         return measure(signal, seed, base, examples, config | {"growth": growth})
 
-    cells.work_off(args.results, left, run)
+    cells.work_off(args, wanted, ran, run)
 
 
 def load_base(settings: argparse.Namespace) -> tuple:

@@ -3,7 +3,7 @@
     python plots/experiments/bases.py     # first: three bases
     python plots/experiments/saves.py     # 24 runs on them, a quarter of an hour of one core
 
-All matrices grow alike, by the default schedule, while every signal scores them and none is
+All matrices grow alike, by train.py's defaults, while every signal scores them and none is
 listened to. Five times on the way and at the end each adapter is switched off, alone: how much
 does the validation loss rise? A signal is good if its scores, at an allocation or their mean
 places over all allocations, are in the order of what the adapters save then, or in the end:
@@ -43,16 +43,17 @@ class Watched(signals.Uniform):
             self.lookers[name].budget = 0  # so that it never grows
         steps = [t for t, _ in self.plan()]
         self.moments = [steps[len(steps) * (i + 1) // MOMENTS - 1] for i in range(MOMENTS)]
-        self.loss = None  # a function without arguments: the validation loss
+        self.loss = None  # a function without arguments, set from outside: the validation loss
         self.scores_seen = []  # {signal: {name: score}} of each allocation
-        self.saved_seen = {}  # {step: {name: loss saved}}
+        self.saved_seen = {}  # {number of the allocation: {name: loss saved}}
+        self.saved_in_the_end = {}
 
     def step(self, t: int) -> list[str]:
         for looker in self.lookers.values():
             looker.step(t)
         if self.count(t, self.ranks_left()) > 0:
             self.scores_seen.append({name: s.scores() for name, s in self.lookers.items()})
-        if t in self.moments:
+        if t in self.moments and self.loss is not None:
             self.saved_seen[len(self.scores_seen) - 1] = saved(self.adapters, self.loss)
         grown = super().step(t)
         if grown:  # the next change of a signal begins here, at the new ranks
@@ -62,10 +63,15 @@ class Watched(signals.Uniform):
             self.lookers["norm-change"].before = self.lookers["norm-change"].norms()
         return grown
 
+    def compare(self) -> dict:
+        """After training: what each adapter saves, and the correlations with it."""
+        self.saved_in_the_end = saved(self.adapters, self.loss)
+        return {"saved": self.saved_in_the_end, "correlations": self.correlations()}
+
     def correlations(self) -> dict[str, dict[str, float]]:
         """{signal: how its scores at an allocation go with what is saved then, and how their mean
         places go with what is saved in the end}."""
-        in_the_end = torch.tensor([*saved(self.adapters, self.loss).values()])
+        in_the_end = torch.tensor([*self.saved_in_the_end.values()])
         found = {}
         for name in WATCHED:
             scores = [torch.tensor([*seen[name].values()]) for seen in self.scores_seen]
@@ -106,17 +112,18 @@ def measure(task: str, base: int, seed: int, options: list[str]) -> dict:
         run = train.Run(train.parse_args(options))
         run.allocator.loss = lambda: validation_loss(run)
         run.train()
-        correlations = run.allocator.correlations()
+        found = run.allocator.compare()
     shutil.rmtree(run.out)
-    return {"task": task, "base": base, "seed": seed, "correlations": correlations}
+    return {"task": task, "base": base, "seed": seed, "settings": vars(run.args)} | found
 
 
 @torch.no_grad()
 def validation_loss(run: train.Run) -> float:
-    """Of the same 32 examples each time: 25 of these losses are needed at a moment."""
+    """Of the same few examples each time: 25 of these losses are needed at a moment."""
     run.model.eval()
     examples = run.examples["val"]
-    inputs, targets = train.batch(examples, range(min(32, len(examples))))
+    count = 256 if run.task else 32  # a class is one target, a text many
+    inputs, targets = train.batch(examples, range(min(count, len(examples))))
     loss, _, _ = train.predict(run.model, inputs, targets, run.device)
     run.model.train()
     return (loss / (targets != train.NO_TARGET).sum()).item()
@@ -128,14 +135,11 @@ def main() -> None:
     )
     parser.add_argument("tasks", nargs="*", default=["prose", "modules"])
     parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="i n: i, i + n, ...")
-    parser.add_argument("--results", type=Path, default=cells.RESULTS / "saves.jsonl")
-    args, options = parser.parse_known_args()
+    args, options = cells.parse(parser, "saves.jsonl")
     places = [place for place in evidence.REPORTED["GPT"] if place[0] in args.bases]
     wanted = [(task, base, seed) for task in args.tasks for base, seed in places]
     ran = [(cell["task"], cell["base"], cell["seed"]) for cell in cells.read(args.results)]
-    left = [run for run in wanted[args.share[0] :: args.share[1]] if run not in ran]
-    cells.work_off(args.results, left, lambda *run: measure(*run, options))
+    cells.work_off(args, wanted, ran, lambda *run: measure(*run, options))
 
 
 if __name__ == "__main__":

@@ -72,12 +72,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=cells.RESULTS / "time_to_loss.jsonl")
-    args, options = parser.parse_known_args()
+    args, options = cells.parse(parser, "time_to_loss.jsonl")
     ran = [(cell["row"], cell["seed"]) for cell in cells.read(args.results)]
     wanted = [(row, seed) for seed in range(args.seeds) for row in ROWS]
-    left = [run for run in wanted if run not in ran]
-    cells.work_off(args.results, left, lambda *run: measure(*run, options))
+    cells.work_off(args, wanted, ran, lambda *run: measure(*run, options))
 
 
 if __name__ == "__main__":

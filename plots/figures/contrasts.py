@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from plots.experiments import evidence
 from plots.figures import intervals
 
 DECLARED = [
@@ -22,25 +23,27 @@ class Contrast:
     """Paired differences of the test loss, in nats, and what they say of their mean."""
 
     gaps: list[float]
-    mean: float
-    half: float  # half the width of its 95 % interval
-    p: float  # of a paired t test
-    holm: float  # p, adjusted for the number of declared contrasts
+    holm: float  # p of a paired t test, adjusted for the number of declared contrasts
     visible: float  # the mean that would have been seen in four of five such samples
+    per_base: list[float]  # the mean on each base
 
 
 def reported(found: list[dict], task: str, row: str) -> dict[tuple[int, int], dict]:
-    """{(base, seed): cell} of a row's reported runs."""
+    """{(base, seed): cell} of a row's reported runs, once all of them have run."""
     own = [c for c in found if (c["task"], c["row"]) == (task, row) and c["test"] is not None]
-    return {(cell["base"], cell["seed"]): cell for cell in own}
+    cells = {(cell["base"], cell["seed"]): cell for cell in own}
+    return cells if cells.keys() == set(evidence.places_of(task, row)) else {}
 
 
 def differences(found: list[dict], tasks: list[str], one: str, other: str) -> list[float]:
-    """Test loss of one row minus another's, paired by base and seed; of all tasks together."""
+    """Test loss of one row minus another's, paired by base and seed; of all tasks together. None
+    until all of them have run."""
     gaps = []
     for task in tasks:
         ours = reported(found, task, one)
         theirs = reported(found, task, other)
+        if not ours or not theirs:
+            return []
         for place in sorted(ours.keys() & theirs.keys()):
             gaps.append(ours[place]["test"]["loss"] - theirs[place]["test"]["loss"])
     return gaps
@@ -49,17 +52,19 @@ def differences(found: list[dict], tasks: list[str], one: str, other: str) -> li
 def declared(found: list[dict], tasks: list[str]) -> dict[tuple[str, str], Contrast]:
     """The declared contrasts that have run, of tasks together."""
     gaps = {pair: differences(found, tasks, *pair) for pair in DECLARED}
-    gaps = {pair: values for pair, values in gaps.items() if len(values) >= intervals.FEWEST}
-    p = {pair: intervals.p_value(values) for pair, values in gaps.items()}
-    holm = intervals.holm(p)
+    gaps = {pair: values for pair, values in gaps.items() if values}
+    p_values = {pair: intervals.p_value(values) for pair, values in gaps.items()}
+    holm = intervals.holm(p_values, tests=len(DECLARED))
     contrasts = {}
     for pair, values in gaps.items():
+        bases = {}
+        places = [p for task in tasks for p in sorted(evidence.places_of(task, pair[0]))]
+        for (base, _), gap in zip(places, values, strict=True):
+            bases.setdefault(base, []).append(gap)
         contrasts[pair] = Contrast(
             gaps=values,
-            mean=statistics.mean(values),
-            half=intervals.half_width(values),
-            p=p[pair],
             holm=holm[pair],
             visible=intervals.smallest_visible(values),
+            per_base=[statistics.mean(own) for own in bases.values()],
         )
     return contrasts

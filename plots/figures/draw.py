@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 from plots.experiments import cells, evidence
 from plots.experiments.bench import CENTRE
 from plots.figures import contrasts, tables
-from plots.figures.intervals import FEWEST, half_width, interval
+from plots.figures.intervals import FEWEST, interval
 from plots.run import split_name
 from train import parse_args
 from triadapt import SCHEDULES, RankAllocator, TriAdaptLinear, add_adapters, unpack_triangle
@@ -77,9 +77,9 @@ def style(row: str) -> dict:
 
 
 def tasks_of(runs: list[dict]) -> list[str]:
-    """The tasks of which LoRA has reported runs enough for an interval."""
+    """The tasks of which LoRA's reported runs are there."""
     tasks = dict.fromkeys(cell["task"] for cell in runs)
-    tasks = [t for t in tasks if len(contrasts.reported(runs, t, "LoRA")) >= FEWEST]
+    tasks = [task for task in tasks if contrasts.reported(runs, task, "LoRA")]
     if not tasks:
         raise Missing
     return tasks
@@ -452,13 +452,11 @@ def draw_rates(runs: list[dict]) -> plt.Figure:
     handles = {}
     for axes, task in zip(panels[0], tasks, strict=True):
         for row in ("LoRA", "core, no growth", "importance", "random", "worth"):
-            best = {}  # {rate: loss at the better second setting}
-            for (rate, _), loss in evidence.selection(runs, task, row).items():
-                best[rate] = min(loss, best.get(rate, math.inf))
-            rates = sorted(best)
-            if rates:
-                losses = [best[rate] for rate in rates]
-                (handles[row],) = axes.plot(rates, losses, **style(row), linewidth=1.2)
+            losses = loss_at_rates(runs, task, row)
+            if losses:
+                rates = list(losses)
+                look = style(row) | {"linewidth": 1.2}
+                (handles[row],) = axes.plot(rates, list(losses.values()), **look)
         axes.set(title=task, xscale="log", xlabel="learning rate")
     panels[0, 0].set_ylabel("validation loss, nats")
     figure.legend(handles.values(), handles, ncols=len(handles), loc="outside lower center")
@@ -475,12 +473,19 @@ def draw_rates(runs: list[dict]) -> plt.Figure:
     return figure
 
 
+def loss_at_rates(runs: list[dict], task: str, row: str) -> dict[float, float]:
+    """{rate: mean loss of the selection seeds, at the better second setting}."""
+    best = {}
+    for (rate, _), loss in sorted(evidence.selection(runs, task, row).items()):
+        best[rate] = min(loss, best.get(rate, math.inf))
+    return best
+
+
 def rise(runs: list[dict], task: str, row: str) -> float:
-    """How far above the best setting of a row its other ones of the first grid are, in the mean."""
-    known = evidence.selection(runs, task, row)
-    rates = evidence.RATES[evidence.model_of(task)]
-    losses = [loss for (rate, _), loss in known.items() if rate in rates and loss < math.inf]
-    return statistics.mean(losses) - min(losses)
+    """How far the rates of the first grid are above the best one, in the mean."""
+    losses = loss_at_rates(runs, task, row)
+    grid = [losses[rate] for rate in evidence.RATES[evidence.model_of(task)] if rate in losses]
+    return statistics.mean(grid) - min(losses.values())
 
 
 # ------------------------------------------------------------------- planted ranks, and costs
@@ -504,8 +509,8 @@ def draw_planted(runs: list[dict]) -> plt.Figure:
             if name in shares:
                 said.append(
                     f"{growth}, {name}: {statistics.mean(shares[name]):.0%} of the added rank is "
-                    f"where it is needed, divergence {statistics.mean(kls[name]):+.0f} ± "
-                    f"{half_width(kls[name]):.0f} % against uniform growth"
+                    f"where it is needed, divergence {tables.difference(kls[name], digits=0)} % "
+                    "against uniform growth"
                 )
     figure.suptitle("\n".join(said), fontsize=10)
     return figure
@@ -519,6 +524,8 @@ def planted_panels(share, rest, own: list[dict]) -> tuple[dict, dict]:
     kls = {}
     for y, signal in enumerate(signals):
         runs = [cell for cell in own if cell["signal"] == signal and cell["seed"] in uniform]
+        if not runs:
+            continue
         shares[signal] = [cell["share"] for cell in runs]
         kls[signal] = [100 * (cell["kl"] / uniform[cell["seed"]] - 1) for cell in runs]
         seeds_and_mean(share, y, shares[signal], signal)
@@ -529,8 +536,8 @@ def planted_panels(share, rest, own: list[dict]) -> tuple[dict, dict]:
     rest.axvline(0, color=LOOKS["uniform"][0], linestyle="--", linewidth=1)
     share.set_yticks(range(len(signals)), signals)
     share.set(xlim=(0, 1.03), ylim=(-0.5, len(signals) - 0.2))
-    share.set_xlabel("share of the added rank in planted matrices (right is better)")
-    rest.set_xlabel("final KL divergence against uniform growth's, % (left is better)")
+    share.set_xlabel("share of the added rank in planted\nmatrices (right is better)")
+    rest.set_xlabel("final KL divergence against\nuniform growth's, % (left is better)")
     return shares, kls
 
 

@@ -31,12 +31,12 @@ def t_quantile(level: float, freedom: int) -> float:
     return low
 
 
-def half_width(values: list[float], level: float = 0.95) -> float:
+def half_width(values: list[float]) -> float:
     """t s / sqrt(n): the interval is the mean, plus and minus this. Below 3 values: nan."""
     n = len(values)
     if n < FEWEST:
         return float("nan")
-    return t_quantile(level, n - 1) * statistics.stdev(values) / n**0.5
+    return t_quantile(0.95, n - 1) * statistics.stdev(values) / n**0.5
 
 
 def p_value(values: list[float]) -> float:
@@ -48,22 +48,32 @@ def p_value(values: list[float]) -> float:
     return p_of_t(mean / error, len(values) - 1)
 
 
-def holm(p_values: dict[str, float]) -> dict[str, float]:
+def holm(p_values: dict[str, float], tests: int) -> dict[str, float]:
     """Adjusted for the number of tests, step by step (Holm 1979): below .05 is clear."""
     adjusted = {}
     largest = 0.0
     ordered = sorted(p_values, key=p_values.get)
     for i, name in enumerate(ordered):
-        largest = max(largest, min(1.0, (len(ordered) - i) * p_values[name]))
+        largest = max(largest, min(1.0, (tests - i) * p_values[name]))
         adjusted[name] = largest
     return adjusted
 
 
-def smallest_visible(values: list[float], level: float = 0.95, power: float = 0.8) -> float:
-    """The mean that values of this spread would show as clear of zero with this chance."""
+def smallest_visible(values: list[float]) -> float:
+    """The mean that values of this spread would show as clear of zero with a chance of 80 %."""
     n = len(values)
-    t = t_quantile(level, n - 1) + t_quantile(2 * power - 1, n - 1)
+    t = t_quantile(0.95, n - 1) + t_quantile(2 * 0.8 - 1, n - 1)
     return t * statistics.stdev(values) / n**0.5
+
+
+def deviation_interval(deviation: float, freedom: int) -> tuple[float, float]:
+    """The 95 % interval of a standard deviation, of values that are normal: from chi-square, by
+    Wilson and Hilferty (1931), whose error is below 1 % from 9 degrees of freedom on."""
+
+    def chi_square(z: float) -> float:  # over its degrees of freedom
+        return (1 - 2 / (9 * freedom) + z * (2 / (9 * freedom)) ** 0.5) ** 3
+
+    return deviation / chi_square(1.96) ** 0.5, deviation / chi_square(-1.96) ** 0.5
 
 
 def interval(values: list[float]) -> tuple[float, float]:

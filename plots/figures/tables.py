@@ -146,20 +146,15 @@ def found() -> str:
         shown = [minus_lora(runs, task, row) for task in tasks]
         if set(shown) != {"–"}:
             lines.append([row, *shown])
-    parts = [table(["", *tasks], lines)]
-    for name, group in GROUPS.items():
-        ran = has_run(runs, group)
-        if ran:
-            parts.append(declared_in_words(contrasts.declared(runs, ran), name, ran))
-    return "\n\n".join(parts)
-
-
-def declared_in_words(found: dict, name: str, tasks: list[str]) -> str:
+    primary = contrasts.declared(runs, GROUPS["a real model"])
     said = []
-    for (one, other), contrast in found.items():
+    for (one, other), contrast in primary.items():
         verdict = "clear" if contrast.holm < 0.05 else "not clear"
         said.append(f"{one} minus {other} {difference(contrast.gaps)} ({verdict})")
-    return f"Declared contrasts of {name}, {' and '.join(tasks)} together: {'; '.join(said)}."
+    parts = [table(["", *tasks], lines)]
+    if said:
+        parts.append(f"Declared contrasts, CoLA and SST-2 together: {'; '.join(said)}.")
+    return "\n\n".join(parts)
 
 
 def has_run(runs: list[dict], tasks: list[str]) -> list[str]:
@@ -201,7 +196,9 @@ def rows_table() -> str:
         lines.append(line)
     head = [""]
     for task in tasks:
-        head += [f"{task}, loss"] + [SCORES[task]] * (task in SCORES)
+        head.append(f"{task}, loss")
+        if task in SCORES:
+            head.append(SCORES[task])
     return table([*head, "rate, second setting", "numbers, at most"], lines)
 
 
@@ -216,29 +213,33 @@ def numbers_of(own: dict[str, list[dict]]) -> str:
 
 
 def contrasts_table() -> str:
-    """The declared contrasts, of the tasks of each model together and singly."""
+    """The declared contrasts: the primary ones, of the real model's tasks together, and singly."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    columns = {}
-    for group in GROUPS.values():
-        tasks = has_run(runs, group)
-        sets = [[task] for task in tasks]
-        for together in [tasks, *sets] if len(tasks) > 1 else sets:
-            columns[" and ".join(together)] = contrasts.declared(runs, together)
+    sets = [GROUPS["a real model"], *([task] for task in ALL_TASKS)]
+    columns = {" and ".join(tasks): contrasts.declared(runs, tasks) for tasks in sets}
+    columns = {name: said for name, said in columns.items() if said}
     if not columns:
         return NONE_YET
     lines = []
     for pair in contrasts.DECLARED:
-        shown = [contrast_in_words(found.get(pair)) for found in columns.values()]
-        lines.append([" minus ".join(pair), *shown])
+        line = [" minus ".join(pair)]
+        for name, said in columns.items():
+            line.append(contrast_in_words(said.get(pair), primary=" and " in name))
+        lines.append(line)
     return table(["", *columns], lines)
 
 
-def contrast_in_words(contrast: contrasts.Contrast | None) -> str:
+def contrast_in_words(contrast: contrasts.Contrast | None, primary: bool) -> str:
+    """Bold where a primary one is clear."""
     if contrast is None:
         return "–"
     gap = difference(contrast.gaps)
-    gap = f"**{gap}**" if contrast.holm < 0.05 else gap
-    return f"{gap} (Holm {contrast.holm:.3f}; could have seen {contrast.visible:.4f})"
+    if primary and contrast.holm < 0.05:
+        gap = f"**{gap}**"
+    more = [f"Holm {contrast.holm:.3f}", f"could have seen {contrast.visible:.4f}"]
+    if len(contrast.per_base) > 1:
+        more.append(f"by base {', '.join(f'{mean:+.4f}' for mean in contrast.per_base)}")
+    return f"{gap} ({'; '.join(more)})"
 
 
 def rates_table() -> str:
@@ -254,19 +255,24 @@ def rates_table() -> str:
             for multiple in (2, 4):
                 higher = f"{row}, {multiple} times the rate"
                 lost.append(difference(contrasts.differences(runs, [task], higher, row)))
-            losses = [cell["test"]["loss"] for cell in own.values()]
             rate = next(iter(own.values()))["rate"]
-            lines.append([task, row, f"{rate:g}", *lost, spread(losses)])
+            lines.append([task, row, f"{rate:g}", *lost, spread(own)])
     if not lines:
         return NONE_YET
-    head = ["", "", "rate", "lost at twice the rate", "at four times", "distance from the median"]
+    head = ["", "", "rate", "lost at twice the rate", "at four times", "deviation of a seed, 95 %"]
     return table(head, lines)
 
 
-def spread(losses: list[float]) -> str:
-    """The mean distance of a seed from the median, with its 95 % interval."""
-    middle = statistics.median(losses)
-    return difference([abs(loss - middle) for loss in losses]).removeprefix("+")
+def spread(own: dict[tuple[int, int], dict]) -> str:
+    """The standard deviation over seeds on the same base, with its interval."""
+    bases = {}
+    for (base, _), cell in own.items():
+        bases.setdefault(base, []).append(cell["test"]["loss"])
+    squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in bases.values())
+    freedom = len(own) - len(bases)
+    deviation = (squares / freedom) ** 0.5
+    low, high = intervals.deviation_interval(deviation, freedom)
+    return f"{deviation:.4f} ({low:.4f} to {high:.4f})"
 
 
 def saves_table() -> str:
@@ -287,7 +293,7 @@ def saves_table() -> str:
         lines.append(line)
     head = [""]
     for task, found in sets.items():
-        head += [f"{task} ({len(found)} runs), then", "in the end"]
+        head += [f"{task} ({len(found)} runs): then", "in the end"]
     return table(head, lines)
 
 
@@ -304,7 +310,7 @@ def ablation_gaps() -> dict[str, list[float]]:
     rows = ablated_rows()
     gaps = {}
     for row, own in rows.items():
-        reference = rows["beta2 .999" if row.startswith("beta2 .999,") else "reference"]
+        reference = rows.get(ablations.reference_of(row), {})
         if row != "reference":
             seeds = sorted(own.keys() & reference.keys())
             gaps[row] = [own[seed]["test"] - reference[seed]["test"] for seed in seeds]
@@ -316,7 +322,8 @@ def ablations_table() -> str:
     rows = ablated_rows()
     gaps = ablation_gaps()
     enough = {row: own for row, own in gaps.items() if len(own) >= intervals.FEWEST}
-    holm = intervals.holm({row: intervals.p_value(own) for row, own in enough.items()})
+    p_values = {row: intervals.p_value(own) for row, own in enough.items()}
+    holm = intervals.holm(p_values, tests=len(ablations.ROWS) - 1)
     lines = []
     for row, cells_of in rows.items():
         runs = cells_of.values()
@@ -331,27 +338,29 @@ def ablations_table() -> str:
                 str(max(cell["spent_at"] for cell in runs) or "–"),
             ]
         )
-    head = ["", "seeds", "test loss", "minus reference, 95 %", "Holm", "budget spent at step"]
-    base = next(iter(rows["reference"].values()))["base"]
-    said = f"Test loss on prose in nats per token; the base has {base:.3f}."
-    return f"{said}\n\n{table(head, lines)}"
+    head = ["", "seeds", "test loss", "minus its reference, 95 %", "Holm", "budget spent at step"]
+    return table(head, lines)
 
 
 def planted_table() -> str:
     """planted.jsonl: where the rank went, and the divergence that was left."""
     runs = cells.read(cells.RESULTS / "planted.jsonl")
     lines = []
-    for signal in dict.fromkeys(cell["signal"] for cell in runs):
-        line = [signal]
-        for growth in ("gentle", "default"):
-            own = [c for c in runs if (c["signal"], c["growth"]) == (signal, growth)]
-            for key, digits in (("share", 2), ("correlation", 2), ("kl", 4)):
-                line.append(mean_and_deviation([cell[key] for cell in own], digits))
-        lines.append(line)
-    head = ["share in planted matrices", "rank correlation", "final KL, nats per token"]
-    return table(
-        ["signal", *(f"gentle: {h}" for h in head), *(f"default: {h}" for h in head)], lines
-    )
+    for growth in dict.fromkeys(cell["growth"] for cell in runs):
+        found = {}  # {signal: {seed: cell}}
+        for cell in runs:
+            if cell["growth"] == growth:
+                found.setdefault(cell["signal"], {})[cell["seed"]] = cell
+        for signal, own in found.items():
+            gaps = []
+            for seed in sorted(own.keys() & found.get("uniform", {}).keys()):
+                gaps.append(100 * (own[seed]["kl"] / found["uniform"][seed]["kl"] - 1))
+            line = [growth, signal, str(len(own))]
+            for key in ("share", "correlation"):
+                line.append(mean_and_deviation([cell[key] for cell in own.values()], 2))
+            lines.append([*line, "" if signal == "uniform" else difference(gaps, digits=1)])
+    head = ["growth", "signal", "seeds", "share in planted matrices", "rank correlation"]
+    return table([*head, "final KL minus uniform's, %, 95 %"], lines)
 
 
 # plots/BENCH.md.
@@ -411,9 +420,11 @@ def bench_in_words() -> str:
             f"here, of peft's AdaLoRA {times('peft AdaLoRA', 'TriAdaptLoRA')} as long as one of "
             "TriAdaptLoRA."
         )
+    by_hand = times("TriAdaptLoRA, by hand", "TriAdaptLoRA")
+    dense = times("TriAdaptLoRA, dense by hand", "TriAdaptLoRA")
     lines.append(
-        f"- With its backward by hand it takes {times('TriAdaptLoRA, by hand', 'TriAdaptLoRA')} as "
-        f"long as without, with the dense sum {times('TriAdaptLoRA, dense by hand', 'TriAdaptLoRA')}."
+        f"- With its backward by hand it takes {by_hand} as long as without, with the dense sum "
+        f"{dense}."
     )
     return "\n".join(lines)
 
@@ -421,7 +432,7 @@ def bench_in_words() -> str:
 def time_table() -> str:
     """time_to_loss.jsonl: seconds and steps of each row until the given loss."""
     runs = cells.read(cells.RESULTS / "time_to_loss.jsonl")
-    lora = {cell["seed"]: cell["seconds"] for cell in runs if cell["row"] == "LoRA"}
+    lora = {c["seed"]: c["seconds"] for c in runs if c["row"] == "LoRA" and c["reached"]}
     lines = []
     for row in dict.fromkeys(cell["row"] for cell in runs):
         own = [cell for cell in runs if cell["row"] == row]
@@ -438,7 +449,7 @@ def time_table() -> str:
             )
             line.append(f"{statistics.median(ratios):.2f}")
         lines.append(line + ["–"] * (5 - len(line)))
-    head = ["", "runs that got there", "steps", "seconds (all runs)", "LoRA's seconds, same seed"]
+    head = ["", "runs that got there", "steps", "seconds (least to most)", "in LoRA's of the seed"]
     said = (
         f"Until a validation loss of {runs[0]['given']} nats per token on the main job, "
         f"{runs[0]['device']} with {runs[0]['threads']} threads; medians."
@@ -464,20 +475,27 @@ def claims_table() -> str:
     lines.append(["better than other PEFT methods", "loss minus LoRA's", said])
 
     said = []
-    for group in GROUPS.values():
-        ran = has_run(runs, group)
-        found = contrasts.declared(runs, ran).get(("importance", "random"))
-        if found is not None:
-            said.append(f"{' and '.join(ran)} {contrast_in_words(found)}")
-    shares = [c["share"] for c in planted if (c["signal"], c["growth"]) == ("importance", "default")]
+    pooled = contrasts.declared(runs, GROUPS["a real model"]).get(("importance", "random"))
+    if pooled is not None:
+        said.append(f"CoLA and SST-2 {contrast_in_words(pooled, primary=True)}")
+    for task in GROUPS["our GPT"]:
+        gaps = contrasts.differences(runs, [task], "importance", "random")
+        if gaps:
+            said.append(f"{task} {difference(gaps)}{clear_word(gaps)}")
+    shares = [
+        c["share"] for c in planted if (c["signal"], c["growth"]) == ("importance", "default")
+    ]
     if shares:
-        said.append(f"share of the rank in planted matrices {mean_and_deviation(shares, 2)}")
-    what = "loss minus that of growth at random; a third of the planted rank is chance"
+        interval = difference(shares, digits=2).removeprefix("+")
+        said.append(f"share of the added rank in planted matrices {interval}, by chance .33")
+    what = "loss minus that of growth at random; where the rank goes if the need is planted"
     lines.append(["the importance finds where rank is needed", what, said])
 
     said = []
     for row in ("exponential schedule", "fixed schedule"):
-        said.append(f"{row} {difference(ablated.get(row, []))}{clear_word(ablated.get(row, []))}")
+        gaps = ablated.get(row, [])
+        if gaps:
+            said.append(f"{row} {difference(gaps)}{clear_word(gaps)}")
     lines.append(["linear is the best schedule", "loss minus linear growth's, on prose", said])
 
     said = []
