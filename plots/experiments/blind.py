@@ -23,7 +23,7 @@ from triadapt import RankAllocator, add_adapters
 
 FACTORS = [1, 10, 100]
 STEPS = 30
-SIGNALS = {"importance": RankAllocator, "norm": signals.UpdateNorm, "worth": signals.Worth}
+WATCHED = {"importance": RankAllocator, "norm": signals.UpdateNorm, "worth": signals.Worth}
 
 
 def train_two(factor: float, rate: float = 1e-2) -> tuple[list[dict], dict[str, float]]:
@@ -40,7 +40,7 @@ def train_two(factor: float, rate: float = 1e-2) -> tuple[list[dict], dict[str, 
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     settings = {"target_rank": 4, "total_steps": STEPS, "warmup": 0, "interval": STEPS}
-    allocators = {name: kind(adapters, optimizer, **settings) for name, kind in SIGNALS.items()}
+    allocators = {name: kind(adapters, optimizer, **settings) for name, kind in WATCHED.items()}
 
     x = torch.randn(64, 16)
     target = x @ torch.randn(16, 16) / 2

@@ -311,29 +311,28 @@ def draw_mean_ranks(axes, found: list[dict[str, int]], top: bool) -> float:
     return growth[-2:].sum() / growth.sum()
 
 
-def draw_blind(cells: list[dict]) -> plt.Figure:
+def draw_blind(runs: list[dict]) -> plt.Figure:
     """What the change of F is, and what each signal sees of a loss that counts more."""
-    if not cells:
+    if not runs:
         raise Missing
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    log = cells[0]["log"]
+    log = runs[0]["log"]
     steps = [entry["step"] for entry in log]
     change = [entry["change"] for entry in log]
-    left.plot(steps, change, color="#0072B2", label="change of $F$")
+    left.plot(steps, change, color=LOOKS["importance"][0], label="change of $F$")
     trace = [entry["trace"] for entry in log]
     left.plot(steps, trace, color="#E69F00", linestyle="--", label=r"$tr(\Delta C)\,/\,r^{1.5}$")
     left.set(title="The change of $F$ is a trace", xlabel="step", ylabel="no unit")
     left.legend()
 
-    looks = {"importance": ("#0072B2", "o"), "norm": ("#009E73", "x"), "worth": ("#D55E00", "s")}
-    factors = [cell["factor"] for cell in cells]
-    for name, (colour, marker) in looks.items():
-        ratios = [cell["ratios"][name] for cell in cells]
-        right.plot(factors, ratios, color=colour, marker=marker, label=name)
+    factors = [cell["factor"] for cell in runs]
+    for name in runs[0]["ratios"]:
+        ratios = [cell["ratios"][name] for cell in runs]
+        right.plot(factors, ratios, **style(name), label=name)
     right.set(xscale="log", yscale="log", xlabel="how often the second matrix's loss counts")
     right.set(title="What a signal sees", ylabel="its score over the first's")
     right.legend()
-    most = cells[-1]
+    most = runs[-1]
     figure.suptitle(
         f"A loss that counts {most['factor']} times multiplies the importance by "
         f"{most['ratios']['importance']:.2f}, the update's norm by {most['ratios']['norm']:.2f}, "

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import train
-from plots.experiments import ablations, cells, evidence, saves
+from plots.experiments import ablations, cells, evidence, planted, saves
 from plots.figures import contrasts, intervals
 
 PAGES = [ROOT / "README.md"]
@@ -347,18 +347,21 @@ def planted_table() -> str:
     runs = cells.read(cells.RESULTS / "planted.jsonl")
     lines = []
     for growth in dict.fromkeys(cell["growth"] for cell in runs):
-        found = {}  # {signal: {seed: cell}}
+        found = {signal: {} for signal in planted.RIVALS}  # {signal: {seed: cell}}
         for cell in runs:
             if cell["growth"] == growth:
-                found.setdefault(cell["signal"], {})[cell["seed"]] = cell
+                found[cell["signal"]][cell["seed"]] = cell
         for signal, own in found.items():
             gaps = []
-            for seed in sorted(own.keys() & found.get("uniform", {}).keys()):
+            for seed in sorted(own.keys() & found["uniform"].keys()):
                 gaps.append(100 * (own[seed]["kl"] / found["uniform"][seed]["kl"] - 1))
             line = [growth, signal, str(len(own))]
             for key in ("share", "correlation"):
                 line.append(mean_and_deviation([cell[key] for cell in own.values()], 2))
-            lines.append([*line, "" if signal == "uniform" else difference(gaps, digits=1)])
+            if signal == "uniform":  # equal ranks correlate with nothing
+                lines.append([*line[:-1], "–", ""])
+            else:
+                lines.append([*line, difference(gaps, digits=1)])
     head = ["growth", "signal", "seeds", "share in planted matrices", "rank correlation"]
     return table([*head, "final KL minus uniform's, %, 95 %"], lines)
 
@@ -464,7 +467,7 @@ def claims_table() -> str:
     """The paper's claims, each with what was measured of it."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     ablated = ablation_gaps()
-    planted = cells.read(cells.RESULTS / "planted.jsonl")
+    students = cells.read(cells.RESULTS / "planted.jsonl")
     tasks = has_run(runs, ALL_TASKS)
     lines = []
 
@@ -483,7 +486,7 @@ def claims_table() -> str:
         if gaps:
             said.append(f"{task} {difference(gaps)}{clear_word(gaps)}")
     shares = [
-        c["share"] for c in planted if (c["signal"], c["growth"]) == ("importance", "default")
+        c["share"] for c in students if (c["signal"], c["growth"]) == ("importance", "default")
     ]
     if shares:
         interval = difference(shares, digits=2).removeprefix("+")
