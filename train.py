@@ -79,8 +79,8 @@ SETTINGS = {
         ("score", str, "importance", "what tells who grows; plots/signals.py has rivals of it"),
         ("budget", str, "ranks", "what it counts; numbers: as many as LoRA trains"),
         ("rank_step", int, 1, "ranks that a matrix grows by at once"),
-        ("interval", int, None, "steps between allocations [steps / 300: late ranks learn little]"),
-        ("warmup", int, None, "steps before growth [2 %% of all, for the same reason]"),
+        ("interval", int, None, "steps between allocations [steps / 300]"),
+        ("warmup", int, None, "steps before growth [2 %% of all]"),
         ("top_k", int, 4, "matrices that grow at an allocation of the fixed schedule"),
     ],
     "training": [

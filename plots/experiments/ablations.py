@@ -1,6 +1,6 @@
 """What each choice is worth: the default growth with one thing changed, and the released recipes.
 
-    python plots/experiments/ablations.py               # 8 seeds of each row: an hour of one core
+    python plots/experiments/ablations.py               # 8 seeds of each row: two hours, one core
     python plots/experiments/ablations.py --share 0 2   # half of it, for two processes
     python plots/experiments/ablations.py --rows released --seeds 2
 

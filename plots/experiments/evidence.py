@@ -62,28 +62,28 @@ from plots import signals  # noqa: F401  (enters worth and the others in SIGNALS
 from plots.experiments import adalora, bases, cells, minilm
 from triadapt import LoRALinear
 
+RANK = minilm.RANK  # and train.py's default
+START_RANK = 2  # of what grows
+
 # How a row adapts: the method, the signal that it grows by, and what its ranks at the start are.
 ROWS = {
-    "LoRA": ("lora", None, "all 8"),
+    "LoRA": ("lora", None, f"all {RANK}"),
     "core, no growth": ("triadapt", None, "LoRA's numbers"),
-    "importance": ("triadapt", "importance", "all 2"),
-    "random": ("triadapt", "random", "all 2"),
-    "uniform": ("triadapt", "uniform", "all 2"),
-    "norm": ("triadapt", "norm", "all 2"),
-    "norm-change": ("triadapt", "norm-change", "all 2"),
-    "worth": ("triadapt", "worth", "all 2"),
+    "importance": ("triadapt", "importance", f"all {START_RANK}"),
+    "random": ("triadapt", "random", f"all {START_RANK}"),
+    "uniform": ("triadapt", "uniform", f"all {START_RANK}"),
+    "norm": ("triadapt", "norm", f"all {START_RANK}"),
+    "norm-change": ("triadapt", "norm-change", f"all {START_RANK}"),
+    "worth": ("triadapt", "worth", f"all {START_RANK}"),
     "ranks of worth": ("lora", None, "of worth"),
     "ranks of worth, permuted": ("lora", None, "of worth, permuted"),
     "full fine-tuning": ("full", None, "no adapters"),
-    adalora.ROW: ("lora", None, "all 8"),
+    adalora.ROW: ("lora", None, f"all {RANK}"),
 }
 GPT_TASKS = {"prose": [], "modules": ["--task", "modules", "--context", "64", "--batch-size", "16"]}
 GPT_COMMON = ["--steps", "300", "--batch-size", "4", "--eval-interval", "300"]
 RATES = {"GPT": [5e-3, 1e-2, 2e-2], "MiniLM": [5e-4, 1e-3, 2e-3]}
 FULL = {"GPT": 1 / 5, "MiniLM": 1 / 10}  # full fine-tuning's rates, in those of adapters
-RANK = 8
-START_RANK = 2  # of what grows
-
 # Rows that take another row's setting, at a multiple of its rate: {row: (other row, multiple)}.
 TAKEN = {"ranks of worth": ("LoRA", 1), "ranks of worth, permuted": ("LoRA", 1)}
 HIGHER = []
@@ -258,7 +258,7 @@ def measure_gpt(run: dict, settings: dict, give_ranks: Callable) -> dict:
         line += ["--budget", "numbers"]
     elif settings["method"] == "triadapt":
         line += ["--schedule", "none"]
-    args = train.parse_args([*GPT_COMMON, *GPT_TASKS[run["task"]], *line])
+    options = [*GPT_COMMON, *GPT_TASKS[run["task"]], *line]
 
     class Given(train.Run):
         def adapt(self, gpt: train.GPT) -> None:
@@ -266,7 +266,7 @@ def measure_gpt(run: dict, settings: dict, give_ranks: Callable) -> dict:
             give_ranks(self.adapters, self.optimizer)
 
     kind = adalora.AdaLoRA if run["row"] == adalora.ROW else Given
-    finished = kind(args)
+    finished = kind(train.parse_args(options))
     try:
         finished.train()
     except (FloatingPointError, RuntimeError, ValueError) as error:
@@ -276,7 +276,7 @@ def measure_gpt(run: dict, settings: dict, give_ranks: Callable) -> dict:
     log = finished.log
     diverged = log[-1]["kind"] != "end" or not math.isfinite(log[-2]["val_loss"])
     if diverged:
-        untrained = kind(args)
+        untrained = kind(train.parse_args(options))  # AdaLoRA changes its own
         losses = untrained.evaluate("val") | untrained.evaluate("test")
     else:
         losses = log[-2] | log[-1]
@@ -302,6 +302,8 @@ def main() -> None:
     folders = {Path(task).name: task for task in args.tasks}
     if len(folders) < len(args.tasks):
         parser.error("two tasks of one name")
+    if any(row.startswith("ranks of") for row in args.rows) and "worth" not in args.rows:
+        parser.error("--rows: the ranks of worth need worth, too")
     wanted = [(task, row) for task in folders for row in args.rows]
     if adalora.ROW in args.rows and not adalora.AVAILABLE:
         print(f"{adalora.ROW}: left out, as peft is not installed")
@@ -317,8 +319,6 @@ def main() -> None:
             return
         run = next_run(left, found, args.share)
         if run is None:
-            if args.share[1] == 1:
-                raise SystemExit("evidence.py: the ranks of worth need the row worth first")
             time.sleep(5)  # another process is at the run that is waited for
             continue
         began = time.perf_counter()

@@ -1,6 +1,6 @@
 """A ground truth for rank allocation: does the rank go where it is needed? A teacher knows.
 
-    python plots/experiments/planted.py                    # half an hour of one core
+    python plots/experiments/planted.py                    # an hour of one core
     python plots/experiments/planted.py --seeds 1 --steps 20 --signals importance worth \
         --results quick.jsonl
 

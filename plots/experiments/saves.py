@@ -1,7 +1,7 @@
 """What does a signal know of the loss that a matrix's adapter saves? Signals that look on.
 
     python plots/experiments/bases.py     # first: three bases
-    python plots/experiments/saves.py     # 24 runs on them, a quarter of an hour of one core
+    python plots/experiments/saves.py     # 24 runs on them, about an hour of one core
 
 All matrices grow alike, by train.py's defaults, while every signal scores them and none is
 listened to. Five times on the way and at the end each adapter is switched off, alone: how much

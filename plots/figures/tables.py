@@ -135,7 +135,7 @@ ALL_TASKS = [task for tasks in GROUPS.values() for task in tasks]
 SCORES = {"CoLA": "matthews", "SST-2": "accuracy", "modules": "accuracy"}  # beside the loss
 
 
-def found() -> str:
+def what_was_found() -> str:
     """README's rows on each task, and what was declared to be tested."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     tasks = has_run(runs, ALL_TASKS)
@@ -280,21 +280,25 @@ def saves_table() -> str:
     runs = cells.read(cells.RESULTS / "saves.jsonl")
     sets = {}
     for cell in runs:
-        sets.setdefault(cell["task"], []).append(cell["correlations"])
+        sets.setdefault(cell["task"], []).append(cell)
     for cell in cells.read(cells.RESULTS / "planted.jsonl"):
         if "correlations" in cell:
-            sets.setdefault(f"planted, {cell['growth']}", []).append(cell["correlations"])
+            sets.setdefault(f"planted, {cell['growth']}", []).append(cell)
     lines = []
     for name in saves.WATCHED:
         line = [name]
-        for found in sets.values():
+        for own in sets.values():
             for when in ("now", "end"):
-                line.append(difference([each[name][when] for each in found], digits=2))
+                line.append(difference([c["correlations"][name][when] for c in own], digits=2))
         lines.append(line)
     head = [""]
-    for task, found in sets.items():
-        head += [f"{task} ({len(found)} runs): then", "in the end"]
-    return table(head, lines)
+    useless = ["adapters without which the loss is no higher"]
+    for task, own in sets.items():
+        bases = len({cell.get("base", 0) for cell in own})
+        head += [f"{task} ({len(own)} runs, {bases} base{'s' * (bases > 1)}): then", "in the end"]
+        counts = [sum(loss <= 0 for loss in cell["saved"].values()) for cell in own]
+        useless += ["", f"{statistics.mean(counts):.1f} of {len(own[0]['saved'])}"]
+    return table(head, [*lines, useless])
 
 
 def ablated_rows() -> dict[str, dict[int, dict]]:
@@ -498,7 +502,7 @@ def claims_table() -> str:
     for row in ("exponential schedule", "fixed schedule"):
         gaps = ablated.get(row, [])
         if gaps:
-            said.append(f"{row} {difference(gaps)}{clear_word(gaps)}")
+            said.append(f"{row} {difference(gaps)}{clear_word(gaps)}, {len(gaps)} seeds")
     lines.append(["linear is the best schedule", "loss minus linear growth's, on prose", said])
 
     said = []
@@ -527,7 +531,7 @@ def clear_word(gaps: list[float]) -> str:
 PARTS = {
     "paper": paper_table,
     "first run": first_run,
-    "found": found,
+    "found": what_was_found,
     "rows": rows_table,
     "contrasts": contrasts_table,
     "rates": rates_table,
