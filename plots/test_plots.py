@@ -945,7 +945,7 @@ PARTS_OF = {
     "README.md": ["paper", "first run", "found"],
     "RESULTS.md": ["rows", "contrasts", "rates", "saves", "planted", "ablations"],
     "BENCH.md": ["bench", "time to loss"],
-    "RELEASED.md": ["claims"],
+    "RELEASED.md": ["recipes", "claims"],
 }
 
 

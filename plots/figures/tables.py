@@ -322,15 +322,27 @@ def ablation_gaps() -> dict[str, list[float]]:
 
 
 def ablations_table() -> str:
-    """ablations.jsonl: the test loss of each row, and its paired difference to the reference."""
+    """ablations.jsonl: each choice of ours against another."""
+    return ablations_of([row for row in ablations.ROWS if not row.startswith("released")])
+
+
+def recipes_table() -> str:
+    """ablations.jsonl: the released code's recipes in our code; Holm's p is over all rows."""
+    return ablations_of([row for row in ablations.ROWS if row.startswith("released")])
+
+
+def ablations_of(chosen: list[str]) -> str:
+    """The test loss of rows, and their paired differences to their references."""
     rows = ablated_rows()
     gaps = ablation_gaps()
     enough = {row: own for row, own in gaps.items() if len(own) >= intervals.FEWEST}
     p_values = {row: intervals.p_value(own) for row, own in enough.items()}
     holm = intervals.holm(p_values, tests=len(ablations.ROWS) - 1)
     lines = []
-    for row, cells_of in rows.items():
-        runs = cells_of.values()
+    for row in chosen:
+        runs = rows.get(row, {}).values()
+        if not runs:
+            continue
         gap = difference(gaps[row]) if row in gaps else ""
         lines.append(
             [
@@ -347,27 +359,31 @@ def ablations_table() -> str:
 
 
 def planted_table() -> str:
-    """planted.jsonl: where the rank went, and the divergence that was left."""
+    """planted.jsonl: where the rank went, and the divergence that was left, for each growth."""
     runs = cells.read(cells.RESULTS / "planted.jsonl")
+    growths = list(dict.fromkeys(cell["growth"] for cell in runs))
+    head = ["signal"]
+    for name in growths:
+        head += [f"{name} growth: share in planted matrices", "rank correlation", "KL, %"]
     lines = []
-    for growth in dict.fromkeys(cell["growth"] for cell in runs):
-        found = {signal: {} for signal in planted.RIVALS}  # {signal: {seed: cell}}
-        for cell in runs:
-            if cell["growth"] == growth:
-                found[cell["signal"]][cell["seed"]] = cell
-        for signal, own in found.items():
-            gaps = []
-            for seed in sorted(own.keys() & found["uniform"].keys()):
-                gaps.append(100 * (own[seed]["kl"] / found["uniform"][seed]["kl"] - 1))
-            line = [growth, signal, str(len(own))]
-            for key in ("share", "correlation"):
-                line.append(mean_and_deviation([cell[key] for cell in own.values()], 2))
-            if signal == "uniform":  # equal ranks correlate with nothing
-                lines.append([*line[:-1], "–", ""])
-            else:
-                lines.append([*line, difference(gaps, digits=1)])
-    head = ["growth", "signal", "seeds", "share in planted matrices", "rank correlation"]
-    return table([*head, "final KL minus uniform's, %, 95 %"], lines)
+    for signal in planted.RIVALS:
+        line = [signal]
+        for name in growths:
+            line += planted_columns([cell for cell in runs if cell["growth"] == name], signal)
+        lines.append(line)
+    return table(head, lines)
+
+
+def planted_columns(runs: list[dict], signal: str) -> list[str]:
+    """Share, correlation (equal ranks have none) and KL minus uniform's in %, of one growth."""
+    uniform = {cell["seed"]: cell["kl"] for cell in runs if cell["signal"] == "uniform"}
+    own = [cell for cell in runs if cell["signal"] == signal]
+    share = mean_and_deviation([cell["share"] for cell in own], 2)
+    if signal == "uniform":
+        return [share, "–", "–"]
+    gaps = [100 * (c["kl"] / uniform[c["seed"]] - 1) for c in own if c["seed"] in uniform]
+    correlation = mean_and_deviation([cell["correlation"] for cell in own], 2)
+    return [share, correlation, difference(gaps, digits=1)]
 
 
 # plots/BENCH.md.
@@ -538,6 +554,7 @@ PARTS = {
     "saves": saves_table,
     "planted": planted_table,
     "ablations": ablations_table,
+    "recipes": recipes_table,
     "bench": bench_table,
     "time to loss": time_table,
     "claims": claims_table,
