@@ -898,6 +898,36 @@ def test_a_difference_stands_with_its_interval():
     assert tables.difference([]) == "–"
 
 
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [
+        (0, "did not matter"),
+        (0.2, "growth by worth is better"),
+        (-0.2, "growth by worth is worse"),
+    ],
+)
+def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
+    found = []
+    gains = {"LoRA": 0, "ranks of worth": gain, "ranks of worth, permuted": 0}
+    gains |= {"full fine-tuning": 0.5, "LoRA, 4 times the rate": -0.3}
+    for task, sign in (("CoLA", 1), ("SST-2", -1)):
+        for row, better in gains.items():
+            for base, seed in evidence.places_of(task, row):
+                loss = 4 - better + (seed % 3 - 1) / 1e3 * len(row)
+                if row == "full fine-tuning":
+                    loss = 4 - sign * better
+                cell = {"task": task, "row": row, "base": base, "seed": seed}
+                found.append(cell | {"test": {"loss": loss}})
+    monkeypatch.setattr(cells, "read", lambda path: found)
+    table, said = tables.what_was_found().split("\n\n")
+    assert verdict in said
+    assert re.search(rf"permuted [+-]{abs(gain):.4f} ± 0.0035", said)
+    assert "ahead on CoLA, behind on SST-2" in said
+    assert "costs LoRA +0.2820 ± 0.0000 on CoLA; LoRA +0.2820" in said
+    assert len(re.findall(r"[.:](?= |$)", said)) <= 5
+    assert len(table.splitlines()) <= 2 + 8
+
+
 def test_what_higher_rates_lose_is_paired_and_seeds_spread_within_their_base(monkeypatch):
     found = []
     for base, seed in evidence.REPORTED["GPT"]:
