@@ -3,6 +3,7 @@
 Experiments run in a temporary folder, on a base of a few thousand parameters.
 """
 
+import functools
 import io
 import itertools
 import json
@@ -433,10 +434,11 @@ def test_the_evidence_of_a_real_model_is_made_in_the_same_way(sweep, small_evide
         Path(f"CoLA/{name}.tsv").write_text("".join(lines))
     monkeypatch.setattr(minilm, "model_folder", lambda: Path("bert").absolute())
     measure = minilm.measure
-    monkeypatch.setattr(minilm, "measure", lambda *settings: measure(*settings, steps=10))
+    monkeypatch.setattr(minilm, "measure", functools.partial(measure, steps=10))
     found = sweep(evidence, "CoLA", "--rows", *CONTROLS)
     assert_controls_are_what_they_say(found)
     assert {"loss", "accuracy", "f1", "matthews"} == found[-1]["test"].keys()
+    assert found[-1]["loss_of_shares"] == pytest.approx(math.log(2), abs=0.01)
     assert not any(cell["diverged"] for cell in found if cell["test"])
 
     run = {"task": "CoLA", "row": "LoRA", "rate": 1e9, "second": 1, "base": 0, "seed": 1}
@@ -444,6 +446,14 @@ def test_the_evidence_of_a_real_model_is_made_in_the_same_way(sweep, small_evide
     assert cell["diverged"]
     for split in ("val", "test"):
         assert cell[split]["loss"] == pytest.approx(math.log(2))  # of two classes
+
+
+def test_class_shares_alone_cost_the_cross_entropy_of_train_and_test_shares():
+    text = torch.tensor([1])
+    splits = {"train": [0, 0, 0, 1], "test": [0, 1]}
+    examples = {split: [(text, label) for label in labels] for split, labels in splits.items()}
+    expected = -(math.log(3 / 4) + math.log(1 / 4)) / 2
+    assert minilm.loss_of_shares(examples) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("row", ["LoRA", "worth", adalora.ROW])

@@ -68,10 +68,13 @@ class RandomCore(TriAdaptLinear):
 class Released(TriAdaptLinear):
     """What the block variants share: normal A, B zero, core zero, importance per block."""
 
-    blocks = 0
+    blocks = 1
+
+    def grow(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().grow(n, optimizer)
+        self.blocks += 1
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
-        self.blocks += 1
         entries = {name: torch.zeros_like(new) for name, new in super().new_entries(n).items()}
         entries["lora_A"] = torch.randn_like(entries["lora_A"]) * 0.02
         return entries
@@ -115,7 +118,7 @@ class BlockABC0(Released, CurrentScale):
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         entries = super().new_entries(n)
-        if self.blocks > 1:
+        if self.rank > 0:
             entries["lora_A"] = torch.zeros_like(entries["lora_A"])
         return entries
 

@@ -122,6 +122,15 @@ def evaluate(net: Classifier, examples: list[tuple[Tensor, int]]) -> dict[str, f
     return {"loss": loss} | scores
 
 
+def loss_of_shares(examples: dict[str, list[tuple[Tensor, int]]]) -> float:
+    """The test loss of who says of each text nothing but the class shares of the train split."""
+    labels = {split: torch.tensor([label for _, label in own]) for split, own in examples.items()}
+    logits = labels["train"].bincount().log()
+    return nn.functional.cross_entropy(
+        logits.expand(len(labels["test"]), -1), labels["test"]
+    ).item()
+
+
 def measure(
     folder: str,
     seed: int,
@@ -185,6 +194,7 @@ def measure(
     return {
         "val": val,
         "test": evaluate(net, examples["test"]) if read_test else None,
+        "loss_of_shares": loss_of_shares(examples),
         "ranks": {name: adapter.rank for name, adapter in adapters.items()},
         "trainable": most,
         "seconds": seconds,
