@@ -199,7 +199,7 @@ def carry_state(
     gradients are as large as its tensor's moves 0.1 of the learning rate at first, then more, and
     never more than the rate, as Adam's first beta is .9. (Zeros there would let it move up to 2.1
     times the rate with betas (.9, .99) and 6.6 with (.9, .999), as Adam takes a new entry to be as
-    old as its tensor. What that costs: plots/RESULTS.md, "What each choice is worth".)
+    old as its tensor. What that costs: plots/RELEASED.md, "What each choice is worth".)
     """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]

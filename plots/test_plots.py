@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -710,7 +711,8 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
             losses |= {"random": 0.01, "norm": 0.001 * (seed % 4 - 1.5)}
             for row, loss in losses.items():
                 cell = {"task": task, "row": row, "base": 0, "seed": seed, "rate": 1e-3}
-                cell |= {"second": 16, "trainable": 7, "test": {"loss": level + loss}}
+                cell |= {"trainable": 7, "test": {"loss": level + loss}, "loss_of_shares": 0.6}
+                cell["settings"] = {"lr": 1e-3, "method": "lora", "alpha": 16}
                 if task == "CoLA":
                     cell["test"]["matthews"] = 0.25
                 else:
@@ -718,23 +720,26 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
                 found.append(cell)
             found.append(cell | {"row": "LoRA", "seed": 100, "test": None})
     assert len(contrasts.differences(found, ["CoLA"], "worth", "LoRA")) == 12
-    said = contrasts.declared(found, ["CoLA", "SST-2"])
+    said = contrasts.declared(found)
     pairs = {("importance", "random"), ("worth", "LoRA"), ("norm", "LoRA")}
     assert said.keys() == pairs
-    clear = tables.contrast_in_words(said["worth", "LoRA"], primary=True)
+    clear = tables.contrast_in_words(said["worth", "LoRA"])
     assert clear.startswith("**-0.0205 ± 0.0002** (Holm 0.000; could have seen 0.000")
     assert len(said["worth", "LoRA"].gaps) == 24
     for pair in pairs - {("worth", "LoRA")}:
         assert said[pair].holm > 0.05
-        assert "**" not in tables.contrast_in_words(said[pair], primary=True)
-    assert "**" not in tables.contrast_in_words(said["worth", "LoRA"], primary=False)
-    assert contrasts.declared(found[:-2], ["CoLA", "SST-2"]).keys() < pairs  # a run is missing
+        assert "**" not in tables.contrast_in_words(said[pair])
+    assert contrasts.declared(found[:-2]).keys() < pairs  # a run is missing
 
     monkeypatch.setattr(cells, "read", lambda path: found)
     rows = tables.rows_table()
     assert "| LoRA | 0.5550 ± 0.0361 | 0.250 ± 0.000 | 0.3550 ± 0.0361 | 0.750 ± 0.000 |" in rows
     assert "| worth | -0.0205 ± 0.0003 | 0.250 ± 0.000 |" in rows
-    assert tables.contrasts_table().splitlines()[0] == "|  | CoLA and SST-2 | CoLA | SST-2 |"
+    assert "CoLA 0.001, alpha 16; SST-2 0.001, alpha 16 | 7 |" in rows
+    assert "| class shares alone | +0.0450 ± 0.0229 |  | +0.2450 ± 0.0229 |" in rows
+    lines = tables.contrasts_table().splitlines()
+    assert lines[0] == "|  | CoLA and SST-2, tested | CoLA | SST-2 |"
+    assert lines[3].startswith(f"| worth minus LoRA | {clear} | -0.0205 ± 0.0003 | -0.0205")
 
 
 def test_the_smallest_visible_mean_is_seen_in_four_of_five_samples():
@@ -745,6 +750,13 @@ def test_the_smallest_visible_mean_is_seen_in_four_of_five_samples():
         visible = intervals.smallest_visible((noise / noise.std()).tolist())
         seen += intervals.clear_side((noise + visible).tolist()) == 1
     assert seen / 500 == pytest.approx(0.8, abs=0.06)
+
+
+def test_what_is_visible_to_holm_is_the_p_of_its_first_test_and_four_in_five():
+    values = [0.1, 0.2, 0.3, 0.4]
+    error = statistics.stdev(values) / 2
+    t = intervals.smallest_visible(values, tests=5) / error - intervals.t_quantile(0.6, 3)
+    assert intervals.p_of_t(t, 3) == pytest.approx(0.05 / 5, rel=1e-3)
 
 
 def test_the_interval_of_a_deviation_is_chi_squares_in_a_printed_table():
@@ -777,7 +789,7 @@ def evidence_cells(task: str, sign: int, **more) -> list[dict]:
             cell = {"task": task, "row": row, "base": base, "seed": seed, "second": 1}
             cell["rate"] = evidence.RATES[model][1]
             cell |= {"val": {"loss": loss}, "test": {"loss": loss, "f1": 0.0} | more}
-            cell |= {"ranks": {"blocks.0.q": 2 + seed, "blocks.0.k": 6 - seed}, "trainable": 9}
+            cell |= {"ranks": {"blocks.0.q": 3, "blocks.0.k": 4}, "trainable": 9}
             if seed >= 100:
                 cell["test"] = None
             found.append(cell)
@@ -789,12 +801,7 @@ def drawable(tmp_path) -> Path:
     """A folder with the smallest results that every figure can be drawn from."""
     names = ["blocks.0.q", "blocks.0.k"]
     evidence = evidence_cells("CoLA", 1, matthews=0.5) + evidence_cells("prose", -1)
-    shares = []
-    for name in ("importance", "uniform", "brand new"):
-        for seed in (0, 1, 2):
-            planted_ranks = dict(zip(names, (0, 3), strict=True))
-            cell = {"signal": name, "growth": "gentle", "seed": seed, "share": 0.5, "kl": 0.1}
-            shares.append(cell | {"planted": planted_ranks})
+    evidence += evidence_cells("SST-2", 1, accuracy=0.5)
     log = []
     for step, kind in enumerate(("start", "allocation", "allocation", "end")):
         entry = {"kind": kind, "step": step, "ranks": dict.fromkeys(names, 1)}
@@ -812,7 +819,7 @@ def drawable(tmp_path) -> Path:
         costs.append(cell)
 
     (tmp_path / "first_run").mkdir()
-    contents = {"evidence": evidence, "planted": shares, "bench": costs}
+    contents = {"evidence": evidence, "bench": costs}
     log_of_blind = [{"step": step, "change": 0.1 * step, "trace": 0.1 * step} for step in (1, 2)]
     ratios = {"importance": 1.0, "norm": 1.0, "worth": 49.0}
     contents["blind"] = [{"factor": 7, "ratios": ratios, "log": log_of_blind}]
@@ -840,12 +847,12 @@ def test_every_figure_is_drawn_and_says_what_its_results_say(drawable, monkeypat
     assert {path.stem for path in drawable.glob("*.png")} == set(draw.FIGURES) == set(titles)
     assert not [*drawable.glob(".*")]
 
-    assert "CoLA: 1 of 3 clear | prose: 1 of 3 clear" in titles["compare"]
+    assert "1 of 3 are clear after Holm's" in titles["compare"]
+    assert titles["compare"].endswith("| CoLA and SST-2 | CoLA | SST-2 | prose |  | ")
     assert "LoRA 0.000, importance 0.000" in titles["rates"]
-    assert "by importance" in titles["ranks"] and "by worth" in titles["ranks"]
+    assert "importance 1.00, norm 1.00, worth 1.00, random 1.00" in titles["ranks"]
     assert "falls in 2 of 2 matrices, 2 of which got no rank" in titles["importance"]
     assert "below zero at 2 of 2 allocations" in titles["importance"]
-    assert "50% of the added rank is where it is needed, divergence +0 ± 0 %" in titles["planted"]
     assert "abacus, 1 threads: a step takes 1.500 times the limit" in titles["bench"]
     assert "counts 7 times multiplies the importance by 1.00" in titles["blind"]
     assert "worth by 49" in titles["blind"]
@@ -942,17 +949,24 @@ def test_what_higher_rates_lose_is_paired_and_seeds_spread_within_their_base(mon
     found = []
     for base, seed in evidence.REPORTED["GPT"]:
         level = 4 + base + (-1) ** seed / 100
-        cell = {"task": "prose", "row": "LoRA", "base": base, "seed": seed, "rate": 0.01}
+        cell = {"task": "prose", "row": "LoRA", "base": base, "seed": seed}
+        cell["settings"] = {"lr": 0.01}
         found.append(cell | {"test": {"loss": level}})
         if seed % 3 == 0:
             higher = {"row": "LoRA, 2 times the rate", "test": {"loss": level + 0.5 + seed / 1e3}}
-            found.append(cell | higher)
+            found.append(cell | higher | {"diverged": seed == 9})
+    for cell in found[:]:
+        row = cell["row"].replace("LoRA", "importance")
+        loss = cell["test"]["loss"] + 0.1 * row.endswith("rate")
+        found.append(cell | {"row": row, "test": {"loss": loss}})
     monkeypatch.setattr(cells, "read", lambda path: found)
-    (line,) = tables.rates_table().splitlines()[2:]
+    line, _, both = tables.rates_table().splitlines()[2:]
     deviation = (12 * 0.01**2 / 9) ** 0.5  # 12 seeds, each 0.01 from the mean of its base
     low, high = intervals.deviation_interval(deviation, 9)
     spread = f"{deviation:.4f} ({low:.4f} to {high:.4f})"
-    assert line == f"| prose | LoRA | 0.01 | +0.5045 ± 0.0062 | – | {spread} |"
+    lost = "+0.5045 ± 0.0062 (1 of 4 diverged)"
+    assert line == f"| prose | LoRA | 0.01 | {lost} | – | {spread} |"
+    assert both == "| prose | importance minus LoRA |  | +0.1000 ± 0.0000 | – |  |"
 
 
 def test_an_ablation_is_compared_with_its_own_reference(monkeypatch):
@@ -983,9 +997,9 @@ def test_a_link_of_the_paper_table_is_to_the_definition():
 
 PARTS_OF = {
     "README.md": ["paper", "first run", "found"],
-    "RESULTS.md": ["rows", "contrasts", "rates", "saves", "planted", "ablations"],
+    "RESULTS.md": ["rows", "contrasts", "rates", "saves", "planted"],
     "BENCH.md": ["bench", "time to loss"],
-    "RELEASED.md": ["recipes", "claims"],
+    "RELEASED.md": ["ablations", "recipes", "claims"],
 }
 
 

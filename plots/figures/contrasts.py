@@ -1,6 +1,5 @@
 """What evidence.jsonl says: rows, paired differences, and the declared contrasts with Holm's p."""
 
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,17 @@ DECLARED = [
 ]
 
 
+REAL_TASKS = ["CoLA", "SST-2"]  # together they are the primary result
+TASKS = [*REAL_TASKS, *evidence.GPT_TASKS]
+
+
 @dataclass
 class Contrast:
-    """Paired differences of the test loss, in nats, and what they say of their mean."""
+    """A declared contrast: paired differences of the test loss, in nats, and what they say."""
 
     gaps: list[float]
     holm: float  # p of a paired t test, adjusted for the number of declared contrasts
-    visible: float  # the mean that would have been seen in four of five such samples
-    per_base: list[float]  # the mean on each base
+    visible: float  # the mean that would have been clear, so adjusted, in four of five such samples
 
 
 def reported(found: list[dict], task: str, row: str) -> dict[tuple[int, int], dict]:
@@ -35,36 +37,40 @@ def reported(found: list[dict], task: str, row: str) -> dict[tuple[int, int], di
     return cells if cells.keys() == set(evidence.places_of(task, row)) else {}
 
 
-def differences(found: list[dict], tasks: list[str], one: str, other: str) -> list[float]:
-    """Test loss of one row minus another's, paired by base and seed; of all tasks together. None
-    until all of them have run."""
-    gaps = []
+def has_run(found: list[dict]) -> list[str]:
+    """The tasks of which LoRA has reported runs."""
+    return [task for task in TASKS if reported(found, task, "LoRA")]
+
+
+def paired(
+    found: list[dict], tasks: list[str], one: str, other: str
+) -> dict[tuple[str, int, int], float]:
+    """{(task, base, seed): test loss of one row minus another's}; empty until all have run."""
+    gaps = {}
     for task in tasks:
         ours = reported(found, task, one)
         theirs = reported(found, task, other)
         if not ours or not theirs:
-            return []
-        for place in sorted(ours.keys() & theirs.keys()):
-            gaps.append(ours[place]["test"]["loss"] - theirs[place]["test"]["loss"])
+            return {}
+        for base, seed in sorted(ours.keys() & theirs.keys()):
+            place = (base, seed)
+            gaps[task, base, seed] = ours[place]["test"]["loss"] - theirs[place]["test"]["loss"]
     return gaps
 
 
-def declared(found: list[dict], tasks: list[str]) -> dict[tuple[str, str], Contrast]:
-    """The declared contrasts that have run, of tasks together."""
-    gaps = {pair: differences(found, tasks, *pair) for pair in DECLARED}
+def differences(found: list[dict], tasks: list[str], one: str, other: str) -> list[float]:
+    """The same without places."""
+    return list(paired(found, tasks, one, other).values())
+
+
+def declared(found: list[dict]) -> dict[tuple[str, str], Contrast]:
+    """The declared contrasts that have run, of the real model's tasks together."""
+    gaps = {pair: differences(found, REAL_TASKS, *pair) for pair in DECLARED}
     gaps = {pair: values for pair, values in gaps.items() if values}
-    p_values = {pair: intervals.p_value(values) for pair, values in gaps.items()}
-    holm = intervals.holm(p_values, tests=len(DECLARED))
+    tests = len(DECLARED)
+    holm = intervals.holm({p: intervals.p_value(values) for p, values in gaps.items()}, tests)
     contrasts = {}
     for pair, values in gaps.items():
-        bases = {}
-        places = [p for task in tasks for p in sorted(evidence.places_of(task, pair[0]))]
-        for (base, _), gap in zip(places, values, strict=True):
-            bases.setdefault(base, []).append(gap)
-        contrasts[pair] = Contrast(
-            gaps=values,
-            holm=holm[pair],
-            visible=intervals.smallest_visible(values),
-            per_base=[statistics.mean(own) for own in bases.values()],
-        )
+        visible = intervals.smallest_visible(values, tests)
+        contrasts[pair] = Contrast(values, holm[pair], visible)
     return contrasts

@@ -29,10 +29,10 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from model import GPT, GPTConfig
-from plots.experiments import cells, evidence
+from plots.experiments import adalora, cells, evidence
 from plots.experiments.bench import CENTRE
 from plots.figures import contrasts, tables
-from plots.figures.intervals import FEWEST, interval
+from plots.figures.intervals import interval
 from plots.run import split_name
 from train import parse_args
 from triadapt import SCHEDULES, RankAllocator, TriAdaptLinear, add_adapters, unpack_triangle
@@ -77,9 +77,7 @@ def style(row: str) -> dict:
 
 
 def tasks_of(runs: list[dict]) -> list[str]:
-    """The tasks of which LoRA's reported runs are there."""
-    tasks = dict.fromkeys(cell["task"] for cell in runs)
-    tasks = [task for task in tasks if contrasts.reported(runs, task, "LoRA")]
+    tasks = contrasts.has_run(runs)
     if not tasks:
         raise Missing
     return tasks
@@ -253,7 +251,7 @@ def draw_ranks(runs: list[dict]) -> plt.Figure:
     figure, panels = plt.subplots(
         len(rows), len(tasks), figsize=size, layout="constrained", squeeze=False
     )
-    shares = {row: [] for row in rows}  # of the growth, in the two richest matrices
+    alike = {row: [] for row in rows}  # correlation of the ranks from seed to seed, of each task
     for i, row in enumerate(rows):
         for j, task in enumerate(tasks):
             axes = panels[i, j]
@@ -264,12 +262,13 @@ def draw_ranks(runs: list[dict]) -> plt.Figure:
                 axes.set_ylabel(row)
             own = [cell["ranks"] for cell in contrasts.reported(runs, task, row).values()]
             if own:
-                shares[row].append(draw_mean_ranks(axes, own, top=i == 0))
+                alike[row].append(draw_mean_ranks(axes, own, top=i == 0))
 
-    said = [f"{statistics.mean(found):.0%} by {row}" for row, found in shares.items()]
+    said = [f"{row} {statistics.mean(found):.2f}" for row, found in alike.items() if found]
     figure.suptitle(
-        "Final ranks, mean over seeds. The two richest matrices get this share of the growth:\n"
-        + ", ".join(said)
+        "Final ranks, mean over seeds. The ranks of two seeds correlate, in the mean: "
+        + ", ".join(said),
+        fontsize=11,
     )
     return figure
 
@@ -282,7 +281,7 @@ def block_and_kind(name: str) -> tuple[str, str]:
 
 
 def draw_mean_ranks(axes, found: list[dict[str, int]], top: bool) -> float:
-    """A grid of blocks and kinds of matrices. Returns the share of the two richest matrices."""
+    """A grid of blocks and kinds of matrices. Returns how the ranks of two seeds correlate."""
     names = [block_and_kind(name) for name in found[0]]
     blocks = list(dict.fromkeys(block for block, _ in names))
     kinds = list(dict.fromkeys(kind for _, kind in names))
@@ -298,17 +297,14 @@ def draw_mean_ranks(axes, found: list[dict[str, int]], top: bool) -> float:
     for y, x in np.ndindex(mean.shape):
         colour = "white" if image.norm(mean[y, x]) < 0.5 else "black"
         axes.text(x, y, f"{mean[y, x]:.0f}", ha="center", va="center", color=colour)
-    alike = []
-    for one, two in itertools.combinations(grid.reshape(len(grid), -1), 2):
-        if one.std() > 0 and two.std() > 0:
-            alike.append(np.corrcoef(one, two)[0, 1])
-    axes.set_xlabel(f"seeds correlate {np.mean(alike):.2f}" if alike else "", fontsize=9)
+    pairs = itertools.combinations(grid.reshape(len(grid), -1), 2)
+    alike = np.mean([np.corrcoef(one, two)[0, 1] for one, two in pairs])
+    axes.set_xlabel(f"seeds correlate {alike:.2f}", fontsize=9)
     axes.yaxis.set_ticks(range(len(blocks)), blocks, fontsize=8)
     if top:
         axes.xaxis.set_ticks(range(len(kinds)), kinds, fontsize=8)
         axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
-    growth = np.sort((mean - start).ravel())
-    return growth[-2:].sum() / growth.sum()
+    return alike
 
 
 def draw_blind(runs: list[dict]) -> plt.Figure:
@@ -408,37 +404,49 @@ def draw_scores(axes, grown: list[dict]) -> None:
 # --------------------------------------------------------------------------- the comparison
 
 
-DESCRIBED = ["importance", "random", "uniform", "norm-change", "core, no growth", "AdaLoRA (peft)"]
+DESCRIBED = [("uniform", "core, no growth")]  # growth alone
+for row in ("importance", "random", "uniform", "norm-change", "core, no growth", adalora.ROW):
+    DESCRIBED.append((row, "LoRA"))
 
 
 def draw_compare(runs: list[dict]) -> plt.Figure:
-    """A panel for each task: the declared contrasts, and other rows minus LoRA."""
+    """The tested contrasts, of the real model's tasks together; and each task with other rows."""
     tasks = tasks_of(runs)
-    pairs = [*contrasts.DECLARED, *((row, "LoRA") for row in DESCRIBED)]
+    tested = contrasts.declared(runs)
+    panels = [[task] for task in tasks]
+    if tested:
+        panels.insert(0, contrasts.REAL_TASKS)
+    pairs = [*contrasts.DECLARED, *DESCRIBED]
     pairs = [p for p in pairs if any(contrasts.differences(runs, [t], *p) for t in tasks)][::-1]
-    size = 3 * len(tasks) + 2.4, 0.36 * len(pairs) + 2
-    figure, panels = plt.subplots(
-        1, len(tasks), figsize=size, sharey=True, layout="constrained", squeeze=False
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = 3.4 * columns + 2.4, (0.32 * len(pairs) + 1.1) * lines + 0.6
+    figure, grid = plt.subplots(
+        lines, columns, figsize=size, sharey=True, layout="constrained", squeeze=False
     )
-    described = sum(pair not in contrasts.DECLARED for pair in pairs)
-    for axes, task in zip(panels[0], tasks, strict=True):
-        declared = contrasts.declared(runs, [task])
+    for axes, together in itertools.zip_longest(grid.flat, panels):
+        if together is None:
+            axes.set_axis_off()
+            continue
         for y, (one, other) in enumerate(pairs):
-            gaps = contrasts.differences(runs, [task], one, other)
-            if len(gaps) >= FEWEST:
+            gaps = contrasts.differences(runs, together, one, other)
+            if gaps:
                 seeds_and_mean(axes, y, gaps, one)
                 axes.plot(interval(gaps), [y, y], color=style(one)["color"], linewidth=3)
-        clear = sum(contrast.holm < 0.05 for contrast in declared.values())
+        described = sum(pair in DESCRIBED for pair in pairs)
         axes.axvline(0, color=GREY, linestyle="--")
         axes.axhline(described - 0.5, color="black", linewidth=0.8)
         axes.set(xlabel="test loss, nats (left is better)")
-        axes.set_title(f"{task}: {clear} of {len(declared)} clear", fontsize=11)
+        axes.set_title(" and ".join(together), fontsize=11)
         axes.set_yticks(range(len(pairs)), [" − ".join(pair) for pair in pairs], fontsize=9)
-    figure.suptitle(
-        "Paired differences with 95 % intervals. Above the line: declared contrasts, clear if "
-        "Holm's p is\nbelow .05; below it: other rows, described and not tested",
-        fontsize=11,
-    )
+    title = "Paired differences with their 95 % intervals, uncorrected"
+    if tested:
+        clear = sum(contrast.holm < 0.05 for contrast in tested.values())
+        title += (
+            f". Tested are, in the first panel, those above the line:\n{clear} of {len(tested)} "
+            "are clear after Holm's correction"
+        )
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -487,57 +495,7 @@ def rise(runs: list[dict], task: str, row: str) -> float:
     return statistics.mean(grid) - min(losses.values())
 
 
-# ------------------------------------------------------------------- planted ranks, and costs
-
-
-def draw_planted(runs: list[dict]) -> plt.Figure:
-    """Did the rank go where it was needed, and was it worth it? A row of panels for each growth."""
-    growths = list(dict.fromkeys(cell["growth"] for cell in runs if cell["signal"] == "uniform"))
-    if not growths:
-        raise Missing
-    size = 10, 3.2 * len(growths) + 1
-    figure, panels = plt.subplots(
-        len(growths), 2, figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
-    said = []
-    for line, growth in zip(panels, growths, strict=True):
-        own = [cell for cell in runs if cell["growth"] == growth]
-        shares, kls = planted_panels(*line, own)
-        line[0].set_ylabel(f"{growth} growth")
-        for name in ("importance", "oracle"):
-            if name in shares:
-                said.append(
-                    f"{growth}, {name}: {statistics.mean(shares[name]):.0%} of the added rank is "
-                    f"where it is needed, divergence {tables.difference(kls[name], digits=0)} % "
-                    "against uniform growth"
-                )
-    figure.suptitle("\n".join(said), fontsize=10)
-    return figure
-
-
-def planted_panels(share, rest, own: list[dict]) -> tuple[dict, dict]:
-    """Draw both measures of each signal. Returns {signal: share of each seed, divergence}."""
-    uniform = {cell["seed"]: cell["kl"] for cell in own if cell["signal"] == "uniform"}
-    signals = list(dict.fromkeys(cell["signal"] for cell in own))[::-1]
-    shares = {}
-    kls = {}
-    for y, signal in enumerate(signals):
-        runs = [cell for cell in own if cell["signal"] == signal and cell["seed"] in uniform]
-        if not runs:
-            continue
-        shares[signal] = [cell["share"] for cell in runs]
-        kls[signal] = [100 * (cell["kl"] / uniform[cell["seed"]] - 1) for cell in runs]
-        seeds_and_mean(share, y, shares[signal], signal)
-        seeds_and_mean(rest, y, kls[signal], signal)
-    chance = statistics.mean(rank > 0 for cell in own for rank in cell["planted"].values())
-    share.axvline(chance, color="black", linestyle="--", linewidth=1)
-    share.text(chance + 0.01, len(signals) - 0.5, "chance", va="center")
-    rest.axvline(0, color=LOOKS["uniform"][0], linestyle="--", linewidth=1)
-    share.set_yticks(range(len(signals)), signals)
-    share.set(xlim=(0, 1.03), ylim=(-0.5, len(signals) - 0.2))
-    share.set_xlabel("share of the added rank in planted\nmatrices (right is better)")
-    rest.set_xlabel("final KL divergence against\nuniform growth's, % (left is better)")
-    return shares, kls
+# ------------------------------------------------------------------------------------ costs
 
 
 BENCH_AXES = {  # label of an axis: the settings that vary along it
@@ -612,7 +570,6 @@ FIGURES = {
     "importance": (draw_importance, "first_run/log.jsonl"),
     "blind": (draw_blind, "blind.jsonl"),
     "rates": (draw_rates, "evidence.jsonl"),
-    "planted": (draw_planted, "planted.jsonl"),
     "bench": (draw_bench, "bench.jsonl"),
     "compare": (draw_compare, "evidence.jsonl"),
 }

@@ -59,10 +59,11 @@ def holm(p_values: dict[str, float], tests: int) -> dict[str, float]:
     return adjusted
 
 
-def smallest_visible(values: list[float]) -> float:
-    """The mean that values of this spread would show as clear of zero with a chance of 80 %."""
+def smallest_visible(values: list[float], tests: int = 1) -> float:
+    """The mean that values of this spread would show as clear of zero with a chance of 80 %, if the
+    first of so many tests were to be passed."""
     n = len(values)
-    t = t_quantile(0.95, n - 1) + t_quantile(2 * 0.8 - 1, n - 1)
+    t = t_quantile(1 - 0.05 / tests, n - 1) + t_quantile(2 * 0.8 - 1, n - 1)
     return t * statistics.stdev(values) / n**0.5
 
 

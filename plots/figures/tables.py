@@ -33,6 +33,10 @@ def mean_and_deviation(values: list[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
+def mean_and_interval(values: list[float]) -> str:
+    return difference(values, digits=2).removeprefix("+")
+
+
 def difference(gaps: list[float], digits: int = 4) -> str:
     """Mean and half width of the 95 % interval by Student's t, if there are values enough."""
     if not gaps:
@@ -130,15 +134,13 @@ FOUND = [
     "ranks of worth",
     "ranks of worth, permuted",
 ]
-GROUPS = {"a real model": ["CoLA", "SST-2"], "our GPT": ["prose", "modules"]}
-ALL_TASKS = [task for tasks in GROUPS.values() for task in tasks]
 SCORES = {"CoLA": "matthews", "SST-2": "accuracy", "modules": "accuracy"}  # beside the loss
 
 
 def what_was_found() -> str:
     """README's rows on each task, and what was declared to be tested."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    tasks = has_run(runs, ALL_TASKS)
+    tasks = contrasts.has_run(runs)
     if not tasks:
         return NONE_YET
     lines = []
@@ -146,15 +148,19 @@ def what_was_found() -> str:
         shown = [minus_lora(runs, task, row) for task in tasks]
         if set(shown) != {"–"}:
             lines.append([row, *shown])
-    said = [contrasts_in_words(runs), places_in_words(runs), full_in_words(runs, tasks)]
-    said.append(rates_in_words(runs, tasks))
+    declared = contrasts.declared(runs)
+    said = [contrasts_in_words(declared), places_in_words(declared)]
+    said += [full_in_words(runs, tasks), rates_in_words(runs, tasks)]
     return "\n\n".join([table(["", *tasks], lines), " ".join(filter(None, said))])
 
 
-def contrasts_in_words(runs: list[dict]) -> str:
-    """The primary result: the declared contrasts of the real model's tasks together."""
+Declared = dict[tuple[str, str], contrasts.Contrast]
+
+
+def contrasts_in_words(declared: Declared) -> str:
+    """The primary result."""
     said = []
-    for (one, other), contrast in contrasts.declared(runs, GROUPS["a real model"]).items():
+    for (one, other), contrast in declared.items():
         verdict = "clear" if contrast.holm < 0.05 else "not clear"
         said.append(f"{one} minus {other} {difference(contrast.gaps)} ({verdict})")
     if not said:
@@ -162,22 +168,20 @@ def contrasts_in_words(runs: list[dict]) -> str:
     return f"Declared, of CoLA and SST-2 together, with Holm's correction: {'; '.join(said)}."
 
 
-def places_in_words(runs: list[dict]) -> str:
+def places_in_words(declared: Declared) -> str:
     """Whether it matters where the rank goes."""
-    pair = ("ranks of worth", "ranks of worth, permuted")
-    contrast = contrasts.declared(runs, GROUPS["a real model"]).get(pair)
+    contrast = declared.get(("ranks of worth", "ranks of worth, permuted"))
     if contrast is None:
         return ""
-    if contrast.holm >= 0.05:
-        return (
-            "**Where the rank goes did not matter here**, as far as one could see: LoRA with the "
-            "final ranks of growth by worth is not clear of LoRA with the same ranks dealt out at "
-            f"random (a difference of {contrast.visible:.4f} would have been seen)."
-        )
-    than = "better" if statistics.mean(contrast.gaps) < 0 else "worse"
+    what = "LoRA with the final ranks of growth by worth"
+    other = "LoRA with the same ranks permuted among matrices of equal size"
+    if contrast.holm < 0.05:
+        than = "better" if statistics.mean(contrast.gaps) < 0 else "worse"
+        return f"Where the rank goes mattered: {what} is {than} than {other}."
     return (
-        f"Where the rank goes mattered: LoRA with the final ranks of growth by worth is {than} "
-        "than LoRA with the same ranks dealt out at random."
+        f"**Where the rank goes did not matter here**, as far as could be seen: {what} is not "
+        f"clear of {other} (a difference of {contrast.visible:.4f} would have been, with a chance "
+        "of 80 %)."
     )
 
 
@@ -201,7 +205,7 @@ def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
     for task in tasks:
         lost = []
         for row in ("LoRA", "importance"):
-            gaps = contrasts.differences(runs, [task], f"{row}, 4 times the rate", row)
+            gaps = contrasts.differences(runs, [task], evidence.at_higher_rate(row, 4), row)
             if gaps:
                 lost.append(f"{row} {difference(gaps)}")
         if lost:
@@ -209,11 +213,6 @@ def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
     if not said:
         return ""
     return f"Four times its learning rate, with four seeds, costs {'; '.join(said)}."
-
-
-def has_run(runs: list[dict], tasks: list[str]) -> list[str]:
-    """The tasks of which LoRA has reported runs."""
-    return [task for task in tasks if contrasts.reported(runs, task, "LoRA")]
 
 
 def minus_lora(runs: list[dict], task: str, row: str) -> str:
@@ -230,7 +229,7 @@ def minus_lora(runs: list[dict], task: str, row: str) -> str:
 def rows_table() -> str:
     """Each row of evidence.jsonl: its loss minus LoRA's, other scores, numbers and settings."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    tasks = has_run(runs, ALL_TASKS)
+    tasks = contrasts.has_run(runs)
     if not tasks:
         return NONE_YET
     lines = []
@@ -244,16 +243,39 @@ def rows_table() -> str:
             score = SCORES.get(task)
             if score:
                 line.append(mean_and_deviation([c["test"][score] for c in own[task]], 3))
-        shown = [cells_of[0] for cells_of in own.values() if cells_of]
-        line.append("; ".join(f"{cell['rate']:g}, {cell['second']:g}" for cell in shown))
-        line.append(numbers_of(own))
-        lines.append(line)
+        settings = [f"{task} {setting(runs[0])}" for task, runs in own.items() if runs]
+        lines.append([*line, "; ".join(settings), numbers_of(own)])
     head = [""]
     for task in tasks:
         head.append(f"{task}, loss")
         if task in SCORES:
             head.append(SCORES[task])
-    return table([*head, "rate, second setting", "numbers, at most"], lines)
+    head += ["learning rate, and alpha or the core's part of the rate", "numbers, at most"]
+    lines.append(shares_line(runs, tasks, len(head)))
+    return table(head, lines)
+
+
+def setting(cell: dict) -> str:
+    """What a row chose."""
+    settings = cell["settings"]
+    text = f"{settings['lr']:g}"
+    if "core_lr_ratio" in settings:
+        return f"{text}, core {settings['core_lr_ratio']:g}"
+    if settings["method"] == "lora":
+        return f"{text}, alpha {settings['alpha']:g}"
+    return text
+
+
+def shares_line(runs: list[dict], tasks: list[str], width: int) -> list[str]:
+    """What LoRA gains on who knows nothing but the shares of the classes."""
+    line = ["class shares alone"]
+    for task in tasks:
+        lora = contrasts.reported(runs, task, "LoRA").values()
+        known = [c["loss_of_shares"] for c in runs if c["task"] == task and "loss_of_shares" in c]
+        line.append(difference([known[0] - c["test"]["loss"] for c in lora] if known else []))
+        if task in SCORES:
+            line.append("")
+    return line + [""] * (width - len(line))
 
 
 def numbers_of(own: dict[str, list[dict]]) -> str:
@@ -267,54 +289,75 @@ def numbers_of(own: dict[str, list[dict]]) -> str:
 
 
 def contrasts_table() -> str:
-    """The declared contrasts: the primary ones, of the real model's tasks together, and singly."""
+    """The declared contrasts: tested of the real model's tasks together, and described singly."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    sets = [GROUPS["a real model"], *([task] for task in ALL_TASKS)]
-    columns = {" and ".join(tasks): contrasts.declared(runs, tasks) for tasks in sets}
-    columns = {name: said for name, said in columns.items() if said}
-    if not columns:
+    tasks = contrasts.has_run(runs)
+    if not tasks:
         return NONE_YET
+    tested = contrasts.declared(runs)
     lines = []
     for pair in contrasts.DECLARED:
-        line = [" minus ".join(pair)]
-        for name, said in columns.items():
-            line.append(contrast_in_words(said.get(pair), primary=" and " in name))
+        line = [" minus ".join(pair), contrast_in_words(tested.get(pair))]
+        for task in tasks:
+            gaps = contrasts.paired(runs, [task], *pair)
+            line.append(difference([*gaps.values()]) + by_base(gaps))
         lines.append(line)
-    return table(["", *columns], lines)
+    return table(["", f"{' and '.join(contrasts.REAL_TASKS)}, tested", *tasks], lines)
 
 
-def contrast_in_words(contrast: contrasts.Contrast | None, primary: bool) -> str:
-    """Bold where a primary one is clear."""
+def contrast_in_words(contrast: contrasts.Contrast | None) -> str:
+    """Bold if it is clear."""
     if contrast is None:
         return "–"
     gap = difference(contrast.gaps)
-    if primary and contrast.holm < 0.05:
+    if contrast.holm < 0.05:
         gap = f"**{gap}**"
-    more = [f"Holm {contrast.holm:.3f}", f"could have seen {contrast.visible:.4f}"]
-    if len(contrast.per_base) > 1:
-        more.append(f"by base {', '.join(f'{mean:+.4f}' for mean in contrast.per_base)}")
-    return f"{gap} ({'; '.join(more)})"
+    return f"{gap} (Holm {contrast.holm:.3f}; could have seen {contrast.visible:.4f})"
+
+
+def by_base(gaps: dict[tuple[str, int, int], float]) -> str:
+    """The mean on each base, if there are several."""
+    bases = {}
+    for (_, base, _), gap in gaps.items():
+        bases.setdefault(base, []).append(gap)
+    if len(bases) < 2:
+        return ""
+    means = [f"{statistics.mean(own):+.4f}" for own in bases.values()]
+    return f" (by base {', '.join(means)})"
 
 
 def rates_table() -> str:
     """What LoRA and growth lose at higher rates than theirs, and how their seeds spread."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     lines = []
-    for task in has_run(runs, ALL_TASKS):
+    for task in contrasts.has_run(runs):
+        lost = {}  # {row: {multiple: {place: loss}}}
         for row in ("LoRA", "importance"):
             own = contrasts.reported(runs, task, row)
             if not own:
                 continue
-            lost = []
-            for multiple in (2, 4):
-                higher = f"{row}, {multiple} times the rate"
-                lost.append(difference(contrasts.differences(runs, [task], higher, row)))
-            rate = next(iter(own.values()))["rate"]
-            lines.append([task, row, f"{rate:g}", *lost, spread(own)])
+            lost[row] = {}
+            line = [task, row, f"{next(iter(own.values()))['settings']['lr']:g}"]
+            for n in (2, 4):
+                higher = evidence.at_higher_rate(row, n)
+                lost[row][n] = contrasts.paired(runs, [task], higher, row)
+                text = difference([*lost[row][n].values()])
+                diverged = [c["diverged"] for c in contrasts.reported(runs, task, higher).values()]
+                if any(diverged):
+                    text += f" ({sum(diverged)} of {len(diverged)} diverged)"
+                line.append(text)
+            lines.append([*line, spread(own)])
+        if len(lost) == 2:
+            line = [task, "importance minus LoRA", ""]
+            for n, ours in lost["importance"].items():
+                theirs = lost["LoRA"][n]
+                both = ours.keys() & theirs.keys()
+                line.append(difference([ours[place] - theirs[place] for place in sorted(both)]))
+            lines.append([*line, ""])
     if not lines:
         return NONE_YET
-    head = ["", "", "rate", "lost at twice the rate", "at four times", "deviation of a seed, 95 %"]
-    return table(head, lines)
+    head = ["", "", "learning rate", "lost at twice the rate", "at four times"]
+    return table([*head, "standard deviation over seeds (95 % interval)"], lines)
 
 
 def spread(own: dict[tuple[int, int], dict]) -> str:
@@ -406,10 +449,17 @@ def ablations_of(chosen: list[str]) -> str:
                 f"**{gap}**" if holm.get(row, 1) < 0.05 else gap,
                 f"{holm[row]:.4f}" if row in holm else "",
                 str(max(cell["spent_at"] for cell in runs) or "–"),
+                final_ranks(runs),
             ]
         )
     head = ["", "seeds", "test loss", "minus its reference, 95 %", "Holm", "budget spent at step"]
-    return table(head, lines)
+    return table([*head, "least and largest final rank"], lines)
+
+
+def final_ranks(runs: list[dict]) -> str:
+    """Least and largest, mean over seeds."""
+    ends = [(min(cell["ranks"].values()), max(cell["ranks"].values())) for cell in runs]
+    return " to ".join(f"{statistics.mean(end):.0f}" for end in zip(*ends, strict=True))
 
 
 def planted_table() -> str:
@@ -418,26 +468,40 @@ def planted_table() -> str:
     growths = list(dict.fromkeys(cell["growth"] for cell in runs))
     head = ["signal"]
     for name in growths:
-        head += [f"{name} growth: share in planted matrices", "rank correlation", "KL, %"]
+        head += [f"{name} growth: share in planted matrices", "rank correlation", "KL left"]
     lines = []
     for signal in planted.RIVALS:
         line = [signal]
         for name in growths:
             line += planted_columns([cell for cell in runs if cell["growth"] == name], signal)
         lines.append(line)
-    return table(head, lines)
+    said = []
+    for name in growths:
+        gaps = planted_gaps([cell for cell in runs if cell["growth"] == name], "oracle")
+        if gaps:
+            said.append(f"{difference(gaps, digits=1)} %{clear_word(gaps)} with {name} growth")
+    oracle = (
+        "What there is to gain: the oracle, which knows the planted ranks, against uniform growth"
+    )
+    return f"{table(head, lines)}\n\n{oracle}: {', '.join(said) or 'not run yet'}."
 
 
 def planted_columns(runs: list[dict], signal: str) -> list[str]:
-    """Share, correlation (equal ranks have none) and KL minus uniform's in %, of one growth."""
-    uniform = {cell["seed"]: cell["kl"] for cell in runs if cell["signal"] == "uniform"}
+    """Share, correlation (equal ranks have none) and KL against uniform's, of one growth."""
     own = [cell for cell in runs if cell["signal"] == signal]
-    share = mean_and_deviation([cell["share"] for cell in own], 2)
+    share = mean_and_interval([cell["share"] for cell in own])
     if signal == "uniform":
         return [share, "–", "–"]
-    gaps = [100 * (c["kl"] / uniform[c["seed"]] - 1) for c in own if c["seed"] in uniform]
-    correlation = mean_and_deviation([cell["correlation"] for cell in own], 2)
-    return [share, correlation, difference(gaps, digits=1)]
+    correlation = mean_and_interval([cell["correlation"] for cell in own])
+    gaps = planted_gaps(runs, signal)
+    return [share, correlation, f"{difference(gaps, digits=1)} %" if gaps else "–"]
+
+
+def planted_gaps(runs: list[dict], signal: str) -> list[float]:
+    """How much more divergence is left than after uniform growth of the same seed, in %."""
+    uniform = {cell["seed"]: cell["kl"] for cell in runs if cell["signal"] == "uniform"}
+    own = [cell for cell in runs if cell["signal"] == signal and cell["seed"] in uniform]
+    return [100 * (cell["kl"] / uniform[cell["seed"]] - 1) for cell in own]
 
 
 # plots/BENCH.md.
@@ -542,7 +606,7 @@ def claims_table() -> str:
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     ablated = ablation_gaps()
     students = cells.read(cells.RESULTS / "planted.jsonl")
-    tasks = has_run(runs, ALL_TASKS)
+    tasks = contrasts.has_run(runs)
     lines = []
 
     said = []
@@ -552,19 +616,20 @@ def claims_table() -> str:
     lines.append(["better than other PEFT methods", "loss minus LoRA's", said])
 
     said = []
-    pooled = contrasts.declared(runs, GROUPS["a real model"]).get(("importance", "random"))
+    pooled = contrasts.declared(runs).get(("importance", "random"))
     if pooled is not None:
-        said.append(f"CoLA and SST-2 {contrast_in_words(pooled, primary=True)}")
-    for task in GROUPS["our GPT"]:
+        said.append(f"CoLA and SST-2 {contrast_in_words(pooled)}")
+    for task in evidence.GPT_TASKS:
         gaps = contrasts.differences(runs, [task], "importance", "random")
         if gaps:
             said.append(f"{task} {difference(gaps)}{clear_word(gaps)}")
-    shares = [
-        c["share"] for c in students if (c["signal"], c["growth"]) == ("importance", "default")
-    ]
-    if shares:
-        interval = difference(shares, digits=2).removeprefix("+")
-        said.append(f"share of the added rank in planted matrices {interval}, by chance .33")
+    shares = {}
+    for cell in students:
+        if cell["signal"] == "importance":
+            shares.setdefault(cell["growth"], []).append(cell["share"])
+    for name, own in shares.items():
+        what = "share of the added rank in planted matrices"
+        said.append(f"{what} {mean_and_interval(own)} with {name} growth, by chance .33")
     what = "loss minus that of growth at random; where the rank goes if the need is planted"
     lines.append(["the importance finds where rank is needed", what, said])
 
@@ -578,7 +643,7 @@ def claims_table() -> str:
     said = []
     for task in tasks:
         for row in ("LoRA", "importance"):
-            gaps = contrasts.differences(runs, [task], f"{row}, 2 times the rate", row)
+            gaps = contrasts.differences(runs, [task], evidence.at_higher_rate(row, 2), row)
             if gaps:
                 said.append(f"{task}, {row} {difference(gaps)}")
     lines.append(["more stable", "lost at twice the chosen learning rate", said])
