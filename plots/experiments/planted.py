@@ -13,8 +13,8 @@ on, or by train.py's `default`. In the runs of `uniform` all other signals look 
 with what each adapter saves, as in saves.py. A finished run is a line of
 plots/results/planted.jsonl.
 
-Each change alone moves the output by the same KL divergence; one to three in q or k of each seed
-fall short, as none gets more than 20 times its matrix's norm. Scaled to one fraction of their norms
+Each change alone moves the output by the same KL divergence; a few in q and k fall short, as none
+gets more than 20 times its matrix's norm. Scaled to one fraction of their norms
 instead, they would differ by four orders of magnitude, and those in q and k of the later blocks
 could not be seen at all.
 """
