@@ -747,7 +747,7 @@ def test_the_smallest_visible_mean_is_seen_in_four_of_five_samples():
     seen = 0
     for _ in range(500):
         noise = torch.randn(12, generator=generator).double()
-        visible = intervals.smallest_visible((noise / noise.std()).tolist())
+        visible = intervals.smallest_visible((noise / noise.std()).tolist(), tests=1)
         seen += intervals.clear_side((noise + visible).tolist()) == 1
     assert seen / 500 == pytest.approx(0.8, abs=0.06)
 

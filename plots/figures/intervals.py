@@ -59,7 +59,7 @@ def holm(p_values: dict[str, float], tests: int) -> dict[str, float]:
     return adjusted
 
 
-def smallest_visible(values: list[float], tests: int = 1) -> float:
+def smallest_visible(values: list[float], tests: int) -> float:
     """The mean that values of this spread would show as clear of zero with a chance of 80 %, if the
     first of so many tests were to be passed."""
     n = len(values)
