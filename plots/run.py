@@ -20,8 +20,8 @@ KIND_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """("blocks.0", "q") of blocks.0.q."""
-    block, _, kind = name.rpartition(".")
+    """("blocks.0", "q") of blocks.0.q; ("layer.0", "output.dense") of layer.0.output.dense."""
+    block, kind = re.fullmatch(r"(.*?\d+)\.(.+)", name).groups()
     return block, kind
 
 
@@ -43,7 +43,8 @@ def draw_run(log: list[dict]) -> bytes:
     draw_loss(panels[0, 0], log)
     if log[0]["ranks"]:
         draw_total_rank(panels[0, 1], log)
-        draw_final_ranks(panels[1, 0], log[-1]["ranks"])
+        draw_ranks(panels[1, 0], log[-1]["ranks"])
+        panels[1, 0].set_title("Which matrices got the rank?")
         draw_importance(panels[1, 1], log)
     else:
         for axes in panels.flat[1:]:
@@ -85,24 +86,27 @@ def draw_total_rank(axes, log: list[dict]) -> None:
     )
 
 
-def draw_final_ranks(axes, ranks: dict[str, int]) -> None:
-    """A grid of blocks and kinds of matrices, with the rank of each."""
+def draw_ranks(
+    axes, ranks: dict[str, float], least: float | None = None, most: float | None = None
+) -> dict[str, tuple[int, int]]:
+    """A row for each block, a column for each kind of matrix, colours from least to most rank.
+    Returns where each matrix is, {name: (x, y)}."""
     blocks = list(dict.fromkeys(split_name(name)[0] for name in ranks))
     kinds = list(dict.fromkeys(split_name(name)[1] for name in ranks))
+    places = {}
     grid = [[float("nan")] * len(kinds) for _ in blocks]
     for name, rank in ranks.items():
         block, kind = split_name(name)
-        grid[blocks.index(block)][kinds.index(kind)] = rank
-    image = axes.imshow(grid, cmap="cividis", aspect="auto")
+        x, y = kinds.index(kind), blocks.index(block)
+        places[name] = (x, y)
+        grid[y][x] = rank
+    image = axes.imshow(grid, cmap="cividis", vmin=least, vmax=most, aspect="auto")
     for name, rank in ranks.items():
-        block, kind = split_name(name)
         colour = "white" if image.norm(rank) < 0.5 else "black"
-        place = kinds.index(kind), blocks.index(block)
-        axes.text(*place, rank, ha="center", va="center", color=colour)
-    labels = [re.sub(r"^.*\.(?=\d+$)", "block ", block) for block in blocks]
-    axes.set_title("Which matrices got the rank?")
+        axes.text(*places[name], f"{rank:.0f}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_yticks(range(len(blocks)), labels)
+    axes.set_yticks(range(len(blocks)), [re.sub(r"^.*\.", "block ", block) for block in blocks])
+    return places
 
 
 def draw_importance(axes, log: list[dict]) -> None:

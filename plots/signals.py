@@ -80,11 +80,11 @@ class UpdateNormChange(UpdateNorm):
 
 
 class Sensitivity(RankAllocator):
-    """IncreLoRA's signal (Zhang et al. 2023): |w dL/dw|, smoothed over steps, times its smoothed
-    uncertainty; the mean over the entries of a matrix's adapter."""
+    """AdaLoRA's signal (Zhang et al. 2023): |w dL/dw| of each entry, smoothed over steps, times its
+    smoothed uncertainty; here the mean over all entries of a matrix's adapter. IncreLoRA takes
+    that of the entries of the whole update."""
 
     SMOOTHING = 0.85
-    LEFT_OUT = ()  # tensors that do not count
 
     def __init__(self, adapters: dict[str, LoRALinear], optimizer, **settings):
         super().__init__(adapters, optimizer, **settings)
@@ -93,8 +93,7 @@ class Sensitivity(RankAllocator):
     def step(self, t: int) -> list[str]:
         for name, adapter in self.adapters.items():
             for tensor, axis in adapter.GROWS_ALONG.items():
-                if tensor not in self.LEFT_OUT:
-                    self.smooth(name, tensor, axis)
+                self.smooth(name, tensor, axis)
         return super().step(t)
 
     @torch.no_grad()
@@ -149,11 +148,6 @@ class Worth(RankAllocator):
                 adapter.watched.remove()
             adapter.watched = adapter.register_forward_hook(self.watcher(name))
 
-    @staticmethod
-    def value(products: Tensor) -> Tensor:
-        """One number from the (tokens,) products dL/dy . delta_weight x of a backward pass."""
-        return products.square().sum()
-
     def watcher(self, name: str):
         """A forward hook that adds to self.now[name] when the gradient of the output comes."""
 
@@ -164,8 +158,8 @@ class Worth(RankAllocator):
                 left, right = adapter.factors()
                 Ax = x.float() @ right.T  # (tokens, r)
                 gradient = gradient.flatten(0, -2).float() @ left  # (tokens, r)
-                value = self.value(adapter.scale * (gradient * Ax).sum(-1))
-                self.now[name] = self.now.get(name, 0.0) + value
+                products = adapter.scale * (gradient * Ax).sum(-1)  # (tokens,)
+                self.now[name] = self.now.get(name, 0.0) + products.square().sum()
 
             if output.requires_grad:  # not in evaluation
                 x = inputs[0].detach().flatten(0, -2)

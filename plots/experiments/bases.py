@@ -89,10 +89,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     for seed in args.seeds:
-        print(pretrain(seed, args.steps), flush=True)
+        print(pretrain(seed, STEPS), flush=True)
 
 
 if __name__ == "__main__":

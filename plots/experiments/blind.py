@@ -23,10 +23,11 @@ from triadapt import RankAllocator, add_adapters
 
 FACTORS = [1, 10, 100]
 STEPS = 30
+RATE = 1e-2
 WATCHED = {"importance": RankAllocator, "norm": signals.UpdateNorm, "worth": signals.Worth}
 
 
-def train_two(factor: float, rate: float = 1e-2) -> tuple[list[dict], dict[str, float]]:
+def train_two(factor: float) -> tuple[list[dict], dict[str, float]]:
     """([per step: the change of F in the first matrix, and the trace of its core's over r^1.5],
     {signal: the second matrix's score over the first one's})."""
     torch.manual_seed(0)
@@ -38,7 +39,7 @@ def train_two(factor: float, rate: float = 1e-2) -> tuple[list[dict], dict[str, 
     one, two = adapters.values()
     two.lora_A.data.copy_(one.lora_A)  # random at the start
     trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
     settings = {"target_rank": 4, "total_steps": STEPS, "warmup": 0, "interval": STEPS}
     allocators = {name: kind(adapters, optimizer, **settings) for name, kind in WATCHED.items()}
 

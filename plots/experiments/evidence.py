@@ -193,10 +193,10 @@ def ranks_of_worth(found: list[dict], run: dict) -> dict[str, int] | None:
 
 def start_ranks(run: dict, found: list[dict], adapters: dict[str, LoRALinear]) -> dict[str, int]:
     """{name: rank} before the first step."""
-    start = ROWS[run["row"]][2]
-    sizes = {name: a.in_features + a.out_features for name, a in adapters.items()}
     if not adapters:
         return {}
+    start = ROWS[run["row"]][2]
+    sizes = {name: a.in_features + a.out_features for name, a in adapters.items()}
     if isinstance(start, int):
         return dict.fromkeys(sizes, start)
     if start == "LoRA's numbers":  # a core costs r (r + 1) more, so the last matrices get one less
@@ -220,7 +220,7 @@ def start_ranks(run: dict, found: list[dict], adapters: dict[str, LoRALinear]) -
 def measure(run: dict, found: list[dict], folder: str) -> dict:
     """One silent run, as a cell; a task of MiniLM is in a folder."""
     method, score, _ = ROWS[run["row"]]
-    ratio = 1.0  # of the rate to the row's; full fine-tuning's head, too, learns at the row's
+    ratio = 1.0  # of the rate to the row's; MiniLM's new head always learns at the row's
     if method == "full":
         ratio = FULL[model_of(run["task"])] * run["second"]
 
@@ -243,8 +243,14 @@ def measure(run: dict, found: list[dict], folder: str) -> dict:
         if model_of(run["task"]) == "GPT":
             result = measure_gpt(run, settings, give_ranks)
         else:
-            start = (folder, run["seed"], settings, give_ranks)
-            result = minilm.measure(*start, head_lr_ratio=1 / ratio, read_test=reported)
+            result = minilm.measure(
+                folder,
+                run["seed"],
+                settings,
+                give_ranks,
+                head_lr_ratio=1 / ratio,
+                read_test=reported,
+            )
     if not reported:
         result["test"] = None
     facts = {"settings": settings, "device": train.pick_device(None).type}
@@ -309,11 +315,9 @@ def main() -> None:
         parser.error("two tasks of one name")
     if any(row.startswith("ranks of") for row in args.rows) and "worth" not in args.rows:
         parser.error("--rows: the ranks of worth need worth, too")
-    wanted = [(task, row) for task in folders for row in args.rows]
     if adalora.ROW in args.rows and not adalora.AVAILABLE:
         print(f"{adalora.ROW}: left out, as peft is not installed")
-        wanted = [(task, row) for task, row in wanted if row != adalora.ROW]
-    wanted = [(t, row) for t, row in wanted if row != adalora.ROW or model_of(t) == "GPT"]
+    wanted = [(task, row) for task in folders for row in args.rows if has_row(task, row)]
     took = []
     while True:
         found = cells.read(args.results)
@@ -336,6 +340,11 @@ def main() -> None:
             f"{told}: val {cell['val']['loss']:.4f}; {hours:.1f} h for what can start now",
             flush=True,
         )
+
+
+def has_row(task: str, row: str) -> bool:
+    """Whether it can run: AdaLoRA is peft's, and run on GPT alone."""
+    return row != adalora.ROW or (adalora.AVAILABLE and model_of(task) == "GPT")
 
 
 def next_run(left: list[dict], found: list[dict], share: tuple[int, int]) -> dict | None:

@@ -53,7 +53,7 @@ class Watched(signals.Uniform):
             looker.step(t)
         if self.count(t, self.ranks_left()) > 0:
             self.scores_seen.append({name: s.scores() for name, s in self.lookers.items()})
-        if t in self.moments and self.loss is not None:
+        if t in self.moments:
             self.saved_seen[len(self.scores_seen) - 1] = saved(self.adapters, self.loss)
         grown = super().step(t)
         if grown:  # the next change of a signal begins here, at the new ranks
@@ -125,7 +125,6 @@ def validation_loss(run: train.Run) -> float:
     count = 256 if run.task else 32  # a class is one target, a text many
     inputs, targets = train.batch(examples, range(min(count, len(examples))))
     loss, _, _ = train.predict(run.model, inputs, targets, run.device)
-    run.model.train()
     return (loss / (targets != train.NO_TARGET).sum()).item()
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from plots.run import BLUE, ORANGE, split_name
+from plots.run import BLUE, ORANGE, draw_ranks
 
 GROWS = "#D55E00"  # the frame of who grows
 
@@ -32,33 +32,22 @@ MOST_BYTES = 600_000
 def draw_frame(log: list[dict], i: int) -> plt.Figure:
     """The run at log[i]."""
     figure, panels = plt.subplot_mosaic("RRRTT\nRRRLL", figsize=(8, 3.6), layout="constrained")
-    draw_ranks(panels["R"], log, i)
+    draw_who_grows(panels["R"], log, i)
     draw_total(panels["T"], log, i)
     draw_loss(panels["L"], log, i)
     return figure
 
 
-def draw_ranks(axes, log: list[dict], i: int) -> None:
-    """Who grows: a block each row, a kind of matrix each column."""
-    now = log[i]["ranks"]
-    grown = log[i].get("grown", [])
-    blocks = list(dict.fromkeys(split_name(name)[0] for name in now))
-    kinds = list(dict.fromkeys(split_name(name)[1] for name in now))
-    grid = [[now[f"{block}.{kind}"] for kind in kinds] for block in blocks]
+def draw_who_grows(axes, log: list[dict], i: int) -> None:
+    """The ranks, with a frame around those that have just grown."""
     least = min(log[0]["ranks"].values())
     most = max(log[-1]["ranks"].values())
-    image = axes.imshow(grid, cmap="cividis", vmin=least, vmax=most, aspect="auto")
-    for name, rank in now.items():
-        block, kind = split_name(name)
-        x, y = kinds.index(kind), blocks.index(block)
-        colour = "white" if image.norm(rank) < 0.5 else "black"
-        axes.text(x, y, rank, ha="center", va="center", color=colour, fontsize=13)
-        if name in grown:
-            axes.add_patch(
-                plt.Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, ec=GROWS, lw=3)
-            )
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_yticks(range(len(blocks)), [block.replace("blocks.", "block ") for block in blocks])
+    places = draw_ranks(axes, log[i]["ranks"], least, most)
+    for text in axes.texts:
+        text.set_fontsize(13)
+    for name in log[i].get("grown", []):
+        x, y = places[name]
+        axes.add_patch(plt.Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, ec=GROWS, lw=3))
     axes.set_title(f"rank of each matrix at step {log[i]['step']}")
 
 

@@ -15,7 +15,7 @@ DECLARED = [
     ("ranks of worth", "ranks of worth, permuted"),
     ("worth", "ranks of worth"),
 ]
-
+GROWTH_ALONE = ("uniform", "core, no growth")  # described, not tested
 
 REAL_TASKS = ["CoLA", "SST-2"]  # together they are the primary result
 TASKS = [*REAL_TASKS, *evidence.GPT_TASKS]
@@ -37,7 +37,7 @@ def reported(found: list[dict], task: str, row: str) -> dict[tuple[int, int], di
     return cells if cells.keys() == set(evidence.places_of(task, row)) else {}
 
 
-def has_run(found: list[dict]) -> list[str]:
+def reported_tasks(found: list[dict]) -> list[str]:
     """The tasks of which LoRA has reported runs."""
     return [task for task in TASKS if reported(found, task, "LoRA")]
 

@@ -33,11 +33,12 @@ from plots.experiments import adalora, cells, evidence
 from plots.experiments.bench import CENTRE
 from plots.figures import contrasts, tables
 from plots.figures.intervals import interval
-from plots.run import split_name
+from plots.run import draw_ranks, split_name
 from train import parse_args
 from triadapt import SCHEDULES, RankAllocator, TriAdaptLinear, add_adapters, unpack_triangle
 
 MOST_BYTES = 150_000  # of a figure
+LEAST_WIDTH = 9  # inches, for titles
 
 # Part of a row's name: colour and marker; the last part that fits counts. For the colour-blind too.
 LOOKS = {
@@ -53,7 +54,6 @@ LOOKS = {
     "random": ("#E69F00", "<"),
     "uniform": ("#D55E00", ">"),
     "norm": ("#009E73", "v"),
-    "sensitivity": ("#CC79A7", "p"),
     "worth": ("#8C510A", "P"),
     "AdaLoRA": ("#A39100", "X"),
     "by hand": ("#009E73", "v"),
@@ -77,7 +77,7 @@ def style(row: str) -> dict:
 
 
 def tasks_of(runs: list[dict]) -> list[str]:
-    tasks = contrasts.has_run(runs)
+    tasks = contrasts.reported_tasks(runs)
     if not tasks:
         raise Missing
     return tasks
@@ -89,9 +89,9 @@ def seeds_and_mean(axes, y: float, values: list[float], row: str) -> None:
     axes.plot(statistics.mean(values), y, **style(row), markersize=7)
 
 
-def name_ticks(axes, ticks: list[int], label: str) -> None:
+def name_ticks(axes, ticks: list[float], label: str) -> None:
     """A logarithmic axis whose ticks are the values that were measured."""
-    axes.set(xscale="log", xlabel=label, xticks=ticks, xticklabels=[f"{x:,}" for x in ticks])
+    axes.set(xscale="log", xlabel=label, xticks=ticks, xticklabels=[f"{x:,g}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -241,13 +241,13 @@ def default_allocator(args) -> RankAllocator:
 RANKED = ("importance", "norm", "worth", "random")  # rows whose ranks are shown
 
 
-def draw_ranks(runs: list[dict]) -> plt.Figure:
+def draw_final_ranks(runs: list[dict]) -> plt.Figure:
     """Mean final ranks, a panel for each row and task; how alike they are from seed to seed."""
     tasks = tasks_of(runs)
     rows = [r for r in RANKED if any(contrasts.reported(runs, task, r) for task in tasks)]
     if not rows:
         raise Missing
-    size = 3.6 * len(tasks) + 0.8, 1.8 * len(rows) + 1.2
+    size = max(LEAST_WIDTH, 3.6 * len(tasks) + 0.8), 1.8 * len(rows) + 1.2
     figure, panels = plt.subplots(
         len(rows), len(tasks), figsize=size, layout="constrained", squeeze=False
     )
@@ -266,44 +266,27 @@ def draw_ranks(runs: list[dict]) -> plt.Figure:
 
     said = [f"{row} {statistics.mean(found):.2f}" for row, found in alike.items() if found]
     figure.suptitle(
-        "Final ranks, mean over seeds. The ranks of two seeds correlate, in the mean: "
+        "Final ranks, mean over seeds. The ranks of two seeds correlate, in the mean:\n"
         + ", ".join(said),
         fontsize=11,
     )
     return figure
 
 
-def block_and_kind(name: str) -> tuple[str, str]:
-    """("blocks.0", "q") of blocks.0.q; ("layer.0", "attention.self.query") of a BERT's."""
-    number = re.search(r"\d+", name)
-    kind = name[number.end() + 1 :]
-    return f"block {number.group()}", kind.replace("attention.", "").replace(".dense", "")
-
-
 def draw_mean_ranks(axes, found: list[dict[str, int]], top: bool) -> float:
-    """A grid of blocks and kinds of matrices. Returns how the ranks of two seeds correlate."""
-    names = [block_and_kind(name) for name in found[0]]
-    blocks = list(dict.fromkeys(block for block, _ in names))
-    kinds = list(dict.fromkeys(kind for _, kind in names))
-    grid = np.full((len(found), len(blocks), len(kinds)), np.nan)  # (seeds, blocks, kinds)
-    for seed, ranks in enumerate(found):
-        for (block, kind), rank in zip(names, ranks.values(), strict=True):
-            grid[seed, blocks.index(block), kinds.index(kind)] = rank
-    mean = grid.mean(0)
-
+    """The mean over seeds. Returns how the ranks of two seeds correlate."""
+    mean = {name: statistics.mean(ranks[name] for ranks in found) for name in found[0]}
     # Twice the mean rank, and all above it, is yellow.
-    start = evidence.START_RANK
-    image = axes.imshow(mean, cmap="cividis", vmin=start, vmax=2 * mean.mean(), aspect="auto")
-    for y, x in np.ndindex(mean.shape):
-        colour = "white" if image.norm(mean[y, x]) < 0.5 else "black"
-        axes.text(x, y, f"{mean[y, x]:.0f}", ha="center", va="center", color=colour)
-    pairs = itertools.combinations(grid.reshape(len(grid), -1), 2)
+    draw_ranks(axes, mean, evidence.START_RANK, 2 * statistics.mean(mean.values()))
+    axes.tick_params(labelsize=8, bottom=False)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    short = [re.sub(r"attention\.self\.|\.dense", "", label) for label in labels]
+    short = [label.replace("attention", "attn") for label in short]
+    axes.set_xticklabels(short if top else [], rotation=20)
+    axes.tick_params(labeltop=top, labelbottom=False)
+    pairs = itertools.combinations([[*ranks.values()] for ranks in found], 2)
     alike = np.mean([np.corrcoef(one, two)[0, 1] for one, two in pairs])
     axes.set_xlabel(f"seeds correlate {alike:.2f}", fontsize=9)
-    axes.yaxis.set_ticks(range(len(blocks)), blocks, fontsize=8)
-    if top:
-        axes.xaxis.set_ticks(range(len(kinds)), kinds, fontsize=8)
-        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
     return alike
 
 
@@ -404,7 +387,7 @@ def draw_scores(axes, grown: list[dict]) -> None:
 # --------------------------------------------------------------------------- the comparison
 
 
-DESCRIBED = [("uniform", "core, no growth")]  # growth alone
+DESCRIBED = [contrasts.GROWTH_ALONE]
 for row in ("importance", "random", "uniform", "norm-change", "core, no growth", adalora.ROW):
     DESCRIBED.append((row, "LoRA"))
 
@@ -420,7 +403,7 @@ def draw_compare(runs: list[dict]) -> plt.Figure:
     pairs = [p for p in pairs if any(contrasts.differences(runs, [t], *p) for t in tasks)][::-1]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    size = 3.4 * columns + 2.4, (0.32 * len(pairs) + 1.1) * lines + 0.6
+    size = max(LEAST_WIDTH, 3.4 * columns + 2.4), (0.32 * len(pairs) + 1.1) * lines + 0.6
     figure, grid = plt.subplots(
         lines, columns, figsize=size, sharey=True, layout="constrained", squeeze=False
     )
@@ -434,6 +417,7 @@ def draw_compare(runs: list[dict]) -> plt.Figure:
                 seeds_and_mean(axes, y, gaps, one)
                 axes.plot(interval(gaps), [y, y], color=style(one)["color"], linewidth=3)
         described = sum(pair in DESCRIBED for pair in pairs)
+        axes.set_ylim(-0.5, len(pairs) - 0.5)
         axes.axvline(0, color=GREY, linestyle="--")
         axes.axhline(described - 0.5, color="black", linewidth=0.8)
         axes.set(xlabel="test loss, nats (left is better)")
@@ -453,18 +437,19 @@ def draw_compare(runs: list[dict]) -> plt.Figure:
 def draw_rates(runs: list[dict]) -> plt.Figure:
     """The validation loss of the selection runs at each learning rate."""
     tasks = tasks_of(runs)
-    figure, panels = plt.subplots(
-        1, len(tasks), figsize=(3.4 * len(tasks) + 1, 4), layout="constrained", squeeze=False
-    )
+    size = max(LEAST_WIDTH, 3.4 * len(tasks) + 1), 4
+    figure, panels = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
     handles = {}
     for axes, task in zip(panels[0], tasks, strict=True):
+        tried = set()
         for row in ("LoRA", "core, no growth", "importance", "random", "worth"):
             losses = loss_at_rates(runs, task, row)
             if losses:
-                rates = list(losses)
+                tried |= losses.keys()
                 look = style(row) | {"linewidth": 1.2}
-                (handles[row],) = axes.plot(rates, list(losses.values()), **look)
-        axes.set(title=task, xscale="log", xlabel="learning rate")
+                (handles[row],) = axes.plot(losses.keys(), losses.values(), **look)
+        name_ticks(axes, sorted(tried), "learning rate")
+        axes.set_title(task)
     panels[0, 0].set_ylabel("validation loss, nats")
     figure.legend(handles.values(), handles, ncols=len(handles), loc="outside lower center")
     said = []
@@ -473,8 +458,8 @@ def draw_rates(runs: list[dict]) -> plt.Figure:
         if rises:
             said.append(f"{row} {statistics.mean(rises):.3f}")
     figure.suptitle(
-        "Mean of two selection seeds at each rate of the grid. Mean distance of a rate's loss from "
-        f"the best one's:\n{', '.join(said)}",
+        "Mean of two selection seeds. How far the first grid's rates are from the best, in the "
+        f"mean:\n{', '.join(said)}",
         fontsize=11,
     )
     return figure
@@ -566,7 +551,7 @@ def draw_costs(axes, label: str, here: list[dict]) -> dict:
 FIGURES = {
     "method": (draw_method, None),
     "growth": (draw_growth, None),
-    "ranks": (draw_ranks, "evidence.jsonl"),
+    "ranks": (draw_final_ranks, "evidence.jsonl"),
     "importance": (draw_importance, "first_run/log.jsonl"),
     "blind": (draw_blind, "blind.jsonl"),
     "rates": (draw_rates, "evidence.jsonl"),

@@ -5,15 +5,16 @@ import math
 import statistics
 
 FEWEST = 3  # values that an interval needs
+PARTS = 200  # of an integral
 
 
-def p_of_t(t: float, freedom: int, parts: int = 200) -> float:
+def p_of_t(t: float, freedom: int) -> float:
     """The chance of a value of Student's t that is farther from 0 than this one: two-sided p."""
     # With t = sqrt(freedom) tan(a) the density is cos(a)^(freedom - 1), but for a constant.
     end = math.atan(abs(t) / freedom**0.5)
-    heights = [math.cos(end * i / parts) ** (freedom - 1) for i in range(parts + 1)]
+    heights = [math.cos(end * i / PARTS) ** (freedom - 1) for i in range(PARTS + 1)]
     area = heights[0] + heights[-1] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2])
-    area *= end / parts / 3  # Simpson's rule
+    area *= end / PARTS / 3  # Simpson's rule
     constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
     return max(0.0, 1 - 2 * constant / math.pi**0.5 * area)
 

@@ -127,29 +127,29 @@ NONE_YET = "The runs are under way; none is reported yet."
 FOUND = [
     "full fine-tuning",
     "LoRA",
-    "core, no growth",
     "importance",
     "random",
     "worth",
     "ranks of worth",
     "ranks of worth, permuted",
 ]
+SHARES = "class shares alone"
 SCORES = {"CoLA": "matthews", "SST-2": "accuracy", "modules": "accuracy"}  # beside the loss
 
 
 def what_was_found() -> str:
     """README's rows on each task, and what was declared to be tested."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    tasks = contrasts.has_run(runs)
+    tasks = contrasts.reported_tasks(runs)
     if not tasks:
         return NONE_YET
     lines = []
-    for row in FOUND:
+    for row in [*FOUND, SHARES]:
         shown = [minus_lora(runs, task, row) for task in tasks]
         if set(shown) != {"–"}:
             lines.append([row, *shown])
     declared = contrasts.declared(runs)
-    said = [contrasts_in_words(declared), places_in_words(declared)]
+    said = [contrasts_in_words(declared), places_in_words(declared), little_in_words(runs, tasks)]
     said += [full_in_words(runs, tasks), rates_in_words(runs, tasks)]
     if len(declared) < len(contrasts.DECLARED):
         said.append("More runs are under way.")
@@ -179,11 +179,23 @@ def places_in_words(declared: Declared) -> str:
     other = "LoRA with the same ranks permuted among matrices of equal size"
     if contrast.holm < 0.05:
         than = "better" if statistics.mean(contrast.gaps) < 0 else "worse"
-        return f"Where the rank goes mattered: {what} is {than} than {other}."
+        return f"Which matrix of a size got the rank mattered: {what} is {than} than {other}."
     return (
-        f"**Where the rank goes did not matter here**, as far as could be seen: {what} is not "
-        f"clear of {other} (a difference of {contrast.visible:.4f} would have been, with a chance "
-        "of 80 %)."
+        "Which matrix of a size got the rank did not matter here, as far as could be seen: "
+        f"{what} is not clear of {other} (a true difference of {contrast.visible:.4f} would have "
+        "been, with a chance of 80 %)."
+    )
+
+
+def little_in_words(runs: list[dict], tasks: list[str]) -> str:
+    """The tasks on which LoRA has learnt too little for rows to differ by much."""
+    shares = {task: shares_minus_lora(runs, task) for task in tasks}
+    little = [task for task, gaps in shares.items() if gaps and intervals.clear_side(gaps) < 1]
+    if not little:
+        return ""
+    return (
+        f"On {' and '.join(little)} LoRA's loss is not clear of what the class shares alone give, "
+        "so that there is little to tell rows apart by."
     )
 
 
@@ -219,10 +231,21 @@ def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
 
 def minus_lora(runs: list[dict], task: str, row: str) -> str:
     """A row's test loss minus LoRA's, paired; LoRA's own."""
+    if row == SHARES:
+        return difference(shares_minus_lora(runs, task))
     if row == "LoRA":
         own = contrasts.reported(runs, task, row).values()
         return mean_and_deviation([cell["test"]["loss"] for cell in own])
     return difference(contrasts.differences(runs, [task], row, "LoRA"))
+
+
+def shares_minus_lora(runs: list[dict], task: str) -> list[float]:
+    """The same of who knows nothing but the shares of the classes; none if there are no classes."""
+    known = [c["loss_of_shares"] for c in runs if c["task"] == task and "loss_of_shares" in c]
+    if not known:
+        return []
+    lora = contrasts.reported(runs, task, "LoRA").values()
+    return [known[0] - cell["test"]["loss"] for cell in lora]
 
 
 # plots/RESULTS.md.
@@ -231,7 +254,7 @@ def minus_lora(runs: list[dict], task: str, row: str) -> str:
 def rows_table() -> str:
     """Each row of evidence.jsonl: its loss minus LoRA's, other scores, numbers and settings."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    tasks = contrasts.has_run(runs)
+    tasks = contrasts.reported_tasks(runs)
     if not tasks:
         return NONE_YET
     lines = []
@@ -245,16 +268,20 @@ def rows_table() -> str:
             score = SCORES.get(task)
             if score:
                 line.append(mean_and_deviation([c["test"][score] for c in own[task]], 3))
-        settings = [f"{task} {setting(runs[0])}" for task, runs in own.items() if runs]
-        lines.append([*line, "; ".join(settings), numbers_of(own)])
+        chosen = [f"{task} {setting(finished[0])}" for task, finished in own.items() if finished]
+        lines.append([*line, "; ".join(chosen), numbers_of(own)])
     head = [""]
     for task in tasks:
         head.append(f"{task}, loss")
         if task in SCORES:
             head.append(SCORES[task])
     head += ["learning rate, and alpha or the core's part of the rate", "numbers, at most"]
-    lines.append(shares_line(runs, tasks, len(head)))
-    return table(head, lines)
+    line = [SHARES]
+    for task in tasks:
+        line.append(minus_lora(runs, task, SHARES))
+        if task in SCORES:
+            line.append("")
+    return table(head, [*lines, [*line, "", ""]])
 
 
 def setting(cell: dict) -> str:
@@ -266,18 +293,6 @@ def setting(cell: dict) -> str:
     if settings["method"] == "lora":
         return f"{text}, alpha {settings['alpha']:g}"
     return text
-
-
-def shares_line(runs: list[dict], tasks: list[str], width: int) -> list[str]:
-    """What LoRA gains on who knows nothing but the shares of the classes."""
-    line = ["class shares alone"]
-    for task in tasks:
-        lora = contrasts.reported(runs, task, "LoRA").values()
-        known = [c["loss_of_shares"] for c in runs if c["task"] == task and "loss_of_shares" in c]
-        line.append(difference([known[0] - c["test"]["loss"] for c in lora] if known else []))
-        if task in SCORES:
-            line.append("")
-    return line + [""] * (width - len(line))
 
 
 def numbers_of(own: dict[str, list[dict]]) -> str:
@@ -293,17 +308,18 @@ def numbers_of(own: dict[str, list[dict]]) -> str:
 def contrasts_table() -> str:
     """The declared contrasts: tested of the real model's tasks together, and described singly."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    tasks = contrasts.has_run(runs)
+    tasks = contrasts.reported_tasks(runs)
     if not tasks:
         return NONE_YET
     tested = contrasts.declared(runs)
     lines = []
-    for pair in contrasts.DECLARED:
+    for pair in [*contrasts.DECLARED, contrasts.GROWTH_ALONE]:
         line = [" minus ".join(pair), contrast_in_words(tested.get(pair))]
         for task in tasks:
             gaps = contrasts.paired(runs, [task], *pair)
             line.append(difference([*gaps.values()]) + by_base(gaps))
         lines.append(line)
+    lines[-1][1] = "not tested"
     return table(["", f"{' and '.join(contrasts.REAL_TASKS)}, tested", *tasks], lines)
 
 
@@ -332,7 +348,7 @@ def rates_table() -> str:
     """What LoRA and growth lose at higher rates than theirs, and how their seeds spread."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     lines = []
-    for task in contrasts.has_run(runs):
+    for task in contrasts.reported_tasks(runs):
         lost = {}  # {row: {multiple: {place: loss}}}
         for row in ("LoRA", "importance"):
             own = contrasts.reported(runs, task, row)
@@ -397,7 +413,18 @@ def saves_table() -> str:
         head += [f"{task} ({len(own)} runs, {bases} base{'s' * (bases > 1)}): then", "in the end"]
         counts = [sum(loss <= 0 for loss in cell["saved"].values()) for cell in own]
         useless += ["", f"{statistics.mean(counts):.1f} of {len(own[0]['saved'])}"]
-    return table(head, [*lines, useless])
+    return f"{table(head, [*lines, useless])}\n\n{highest_in_words(sets)}"
+
+
+def highest_in_words(sets: dict[str, list[dict]]) -> str:
+    """Which signal knows most of what the adapters save, in each set."""
+    said = []
+    for name, own in sets.items():
+        known = {}
+        for signal in saves.WATCHED:
+            known[signal] = statistics.mean(c["correlations"][signal]["now"] for c in own)
+        said.append(f"{max(known, key=known.get)} on {name}")
+    return f"The highest correlation then: {'; '.join(said)}."
 
 
 def ablated_rows() -> dict[str, dict[int, dict]]:
@@ -452,10 +479,11 @@ def ablations_of(chosen: list[str]) -> str:
                 f"{holm[row]:.4f}" if row in holm else "",
                 str(max(cell["spent_at"] for cell in runs) or "–"),
                 final_ranks(runs),
+                f"{statistics.mean(cell['trainable'] for cell in runs):,.0f}",
             ]
         )
     head = ["", "seeds", "test loss", "minus its reference, 95 %", "Holm", "budget spent at step"]
-    return table([*head, "least and largest final rank"], lines)
+    return table([*head, "least and largest final rank", "numbers in the end"], lines)
 
 
 def final_ranks(runs: list[dict]) -> str:
@@ -481,7 +509,7 @@ def planted_table() -> str:
     for name in growths:
         gaps = planted_gaps([cell for cell in runs if cell["growth"] == name], "oracle")
         if gaps:
-            said.append(f"{difference(gaps, digits=1)} %{clear_word(gaps)} with {name} growth")
+            said.append(f"{difference(gaps, digits=1)} %{side_word(gaps)} with {name} growth")
     oracle = (
         "What there is to gain: the oracle, which knows the planted ranks, against uniform growth"
     )
@@ -608,13 +636,13 @@ def claims_table() -> str:
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     ablated = ablation_gaps()
     students = cells.read(cells.RESULTS / "planted.jsonl")
-    tasks = contrasts.has_run(runs)
+    tasks = contrasts.reported_tasks(runs)
     lines = []
 
     said = []
     for task in tasks:
         gaps = contrasts.differences(runs, [task], "importance", "LoRA")
-        said.append(f"{task} {difference(gaps)}{clear_word(gaps)}")
+        said.append(f"{task} {difference(gaps)}{side_word(gaps)}")
     lines.append(["better than other PEFT methods", "loss minus LoRA's", said])
 
     said = []
@@ -624,7 +652,7 @@ def claims_table() -> str:
     for task in evidence.GPT_TASKS:
         gaps = contrasts.differences(runs, [task], "importance", "random")
         if gaps:
-            said.append(f"{task} {difference(gaps)}{clear_word(gaps)}")
+            said.append(f"{task} {difference(gaps)}{side_word(gaps)}")
     shares = {}
     for cell in students:
         if cell["signal"] == "importance":
@@ -639,7 +667,7 @@ def claims_table() -> str:
     for row in ("exponential schedule", "fixed schedule"):
         gaps = ablated.get(row, [])
         if gaps:
-            said.append(f"{row} {difference(gaps)}{clear_word(gaps)}, {len(gaps)} seeds")
+            said.append(f"{row} {difference(gaps)}{side_word(gaps)}, {len(gaps)} seeds")
     lines.append(["linear is the best schedule", "loss minus linear growth's, on prose", said])
 
     said = []
@@ -659,10 +687,10 @@ def claims_table() -> str:
     return table(["claim", "what was measured", "here"], shown)
 
 
-def clear_word(gaps: list[float]) -> str:
+def side_word(gaps: list[float]) -> str:
     if len(gaps) < intervals.FEWEST:
         return ""
-    return {0: " (not clear)", 1: " (behind)", -1: " (ahead)"}[intervals.clear_side(gaps)]
+    return {0: " (may be 0)", 1: " (above 0)", -1: " (below 0)"}[intervals.clear_side(gaps)]
 
 
 PARTS = {
