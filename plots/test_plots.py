@@ -711,6 +711,7 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
             for row, loss in losses.items():
                 cell = {"task": task, "row": row, "base": 0, "seed": seed, "rate": 1e-3}
                 cell |= {"trainable": 7, "test": {"loss": level + loss}, "loss_of_shares": 0.6}
+                cell |= {"val": {"loss": level + loss - 0.1}}
                 cell["settings"] = {"lr": 1e-3, "method": "lora", "alpha": 16}
                 if task == "CoLA":
                     cell["test"]["matthews"] = 0.25
@@ -736,6 +737,7 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
     assert "| worth | -0.0205 ± 0.0003 | 0.250 ± 0.000 |" in rows
     assert "CoLA 0.001, alpha 16; SST-2 0.001, alpha 16 | 7 |" in rows
     assert "| class shares alone | +0.0450 ± 0.0229 |  | +0.2450 ± 0.0229 |" in rows
+    assert rows.endswith("runs: CoLA 0.4550 ± 0.0361, SST-2 0.2550 ± 0.0361.")
     lines = tables.contrasts_table().splitlines()
     assert lines[0] == "|  | CoLA and SST-2, tested | CoLA | SST-2 |"
     assert lines[3].startswith(f"| worth minus LoRA | {clear} | -0.0205 ± 0.0003 | -0.0205")

@@ -281,7 +281,12 @@ def rows_table() -> str:
         line.append(minus_lora(runs, task, SHARES))
         if task in SCORES:
             line.append("")
-    return table(head, [*lines, [*line, "", ""]])
+    losses = []
+    for task in tasks:
+        own = contrasts.reported(runs, task, "LoRA").values()
+        losses.append(f"{task} {mean_and_deviation([cell['val']['loss'] for cell in own])}")
+    said = f"LoRA's validation loss in the same runs: {', '.join(losses)}."
+    return f"{table(head, [*lines, [*line, '', '']])}\n\n{said}"
 
 
 def setting(cell: dict) -> str:
