@@ -83,12 +83,6 @@ def tasks_of(runs: list[dict]) -> list[str]:
     return tasks
 
 
-def seeds_and_mean(axes, y: float, values: list[float], row: str) -> None:
-    """A line of a panel: a bar for each seed, and the mean."""
-    axes.plot(values, [y] * len(values), "|", color=style(row)["color"], markersize=9)
-    axes.plot(statistics.mean(values), y, **style(row), markersize=7)
-
-
 def name_ticks(axes, ticks: list[float], label: str) -> None:
     """A logarithmic axis whose ticks are the values that were measured."""
     axes.set(xscale="log", xlabel=label, xticks=ticks, xticklabels=[f"{x:,g}" for x in ticks])
@@ -414,8 +408,10 @@ def draw_compare(runs: list[dict]) -> plt.Figure:
         for y, (one, other) in enumerate(pairs):
             gaps = contrasts.differences(runs, together, one, other)
             if gaps:
-                seeds_and_mean(axes, y, gaps, one)
-                axes.plot(interval(gaps), [y, y], color=style(one)["color"], linewidth=3)
+                colour = style(one)["color"]
+                axes.plot(gaps, [y] * len(gaps), "|", color=colour, markersize=9)
+                axes.plot(interval(gaps), [y, y], color=colour, linewidth=3)
+                axes.plot(statistics.mean(gaps), y, **style(one), markersize=9)
         described = sum(pair in DESCRIBED for pair in pairs)
         axes.set_ylim(-0.5, len(pairs) - 0.5)
         axes.axvline(0, color=GREY, linestyle="--")
