@@ -853,6 +853,8 @@ def test_every_figure_is_drawn_and_says_what_its_results_say(drawable, monkeypat
         Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).save(path)
 
     monkeypatch.setattr(draw.plt.Figure, "savefig", note)
+    rates = {"GPT": evidence.RATES["GPT"][1:2], "MiniLM": evidence.RATES["MiniLM"][1:2]}
+    monkeypatch.setattr(evidence, "RATES", rates)  # those of drawable
     for name in draw.FIGURES:
         draw.draw(name, drawable, drawable)
     assert {path.stem for path in drawable.glob("*.png")} == set(draw.FIGURES) == set(titles)
@@ -860,7 +862,7 @@ def test_every_figure_is_drawn_and_says_what_its_results_say(drawable, monkeypat
 
     assert "1 of 3 are clear after Holm's" in titles["compare"]
     assert titles["compare"].endswith("| CoLA and SST-2 | CoLA | SST-2 | prose |  | ")
-    assert "LoRA 0.000, importance 0.000" in titles["rates"]
+    assert "CoLA: LoRA 0.000, importance 0.000" in titles["rates"]
     assert "importance 1.00, norm 1.00, worth 1.00, random 1.00" in titles["ranks"]
     assert "falls in 2 of 2 matrices, 2 of which got no rank" in titles["importance"]
     assert "below zero at 2 of 2 allocations" in titles["importance"]

@@ -445,17 +445,13 @@ def draw_rates(runs: list[dict]) -> plt.Figure:
                 look = style(row) | {"linewidth": 1.2}
                 (handles[row],) = axes.plot(losses.keys(), losses.values(), **look)
         name_ticks(axes, sorted(tried), "learning rate")
-        axes.set_title(task)
+        rises = [rise_in_words(runs, task, row) for row in ("LoRA", "importance")]
+        axes.set_title(f"{task}: {', '.join(filter(None, rises))}", fontsize=10)
     panels[0, 0].set_ylabel("validation loss, nats")
     figure.legend(handles.values(), handles, ncols=len(handles), loc="outside lower center")
-    said = []
-    for row in ("LoRA", "importance"):
-        rises = [rise(runs, task, row) for task in tasks if evidence.selection(runs, task, row)]
-        if rises:
-            said.append(f"{row} {statistics.mean(rises):.3f}")
     figure.suptitle(
-        "Mean of two selection seeds. How far the first grid's rates are from the best, in the "
-        f"mean:\n{', '.join(said)}",
+        "Mean of two selection seeds; and how far the first grid's rates are from the best one, in "
+        "the mean",
         fontsize=11,
     )
     return figure
@@ -469,11 +465,14 @@ def loss_at_rates(runs: list[dict], task: str, row: str) -> dict[float, float]:
     return best
 
 
-def rise(runs: list[dict], task: str, row: str) -> float:
-    """How far the rates of the first grid are above the best one, in the mean."""
+def rise_in_words(runs: list[dict], task: str, row: str) -> str:
+    """How far the rates of the first grid are above the best one, once all have run."""
     losses = loss_at_rates(runs, task, row)
-    grid = [losses[rate] for rate in evidence.RATES[evidence.model_of(task)] if rate in losses]
-    return statistics.mean(grid) - min(losses.values())
+    grid = evidence.RATES[evidence.model_of(task)]
+    if not losses.keys() >= set(grid):
+        return ""
+    rise = statistics.mean(losses[rate] for rate in grid) - min(losses.values())
+    return f"{row} {rise:.3f}"
 
 
 # ------------------------------------------------------------------------------------ costs
