@@ -20,9 +20,12 @@ KIND_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """("blocks.0", "q") of blocks.0.q; ("layer.0", "output.dense") of layer.0.output.dense."""
-    block, kind = re.fullmatch(r"(.*?\d+)\.(.+)", name).groups()
-    return block, kind
+    """("blocks.0", "q") of blocks.0.q; ("layer.0", "output.dense") of layer.0.output.dense; ("",
+    "head") of what is in no block."""
+    found = re.fullmatch(r"(.*?\d+)\.(.+)", name)
+    if found is None:
+        return "", name
+    return found.group(1), found.group(2)
 
 
 @matplotlib.rc_context({"text.parse_math": False})  # a $ in the name of a file is a letter

@@ -884,6 +884,7 @@ def test_a_grid_of_ranks_shows_each_matrix_in_its_own_place(model):
     assert [text.get_text() for text in axes.texts] == ["2", "3", "4", "5", "6", "7"]
     assert len({label.get_text() for label in axes.get_xticklabels()}) == 6
     assert axes.get_yticklabels()[0].get_text() == f"block {10 if model == 'MiniLM' else 0}"
+    assert list(draw_ranks(axes, {"head": 3})) == ["head"]  # of a fork's model
     draw.plt.close(figure)
 
 

@@ -25,7 +25,7 @@ import train
 from triadapt import SIGNALS, add_adapters
 
 STEPS = 400
-BATCH = {"CoLA": 32, "SST-2": 16}  # with 16 CoLA gets even less below its class shares
+BATCH = {"CoLA": 32, "SST-2": 16}  # texts; CoLA is harder to learn
 LONGEST = 64  # tokens of a text
 MOST_VAL = 1000  # rows of the validation split that are read
 RANK = 8

@@ -60,11 +60,11 @@ PAPER = {
         "triadapt.py TriAdaptLinear.core",
         "triadapt.py unpack_triangle",
     ],
-    "the start, and growth: a column of B, a row of L, a column of U, a row of A": [
+    "the start, and growth: a column of B, a row of L, a column of U, a row of A; Adam's state": [
         "triadapt.py TriAdaptLinear.new_entries",
         "triadapt.py LoRALinear.grow",
+        "triadapt.py carry_state",
     ],
-    "Adam's state at growth": ["triadapt.py carry_state"],
     "r (d_in + d_out) + r (r + 1) trained numbers": ["test_triadapt.py test_trained_parameters"],
     "importance F = ‖L + U‖_F / r, the normalised Frobenius norm; score, the change of F": [
         "triadapt.py TriAdaptLinear.importance",
@@ -281,12 +281,17 @@ def rows_table() -> str:
         line.append(minus_lora(runs, task, SHARES))
         if task in SCORES:
             line.append("")
+    lines.append([*line, "", ""])
+    return f"{table(head, lines)}\n\n{validation_in_words(runs, tasks)}"
+
+
+def validation_in_words(runs: list[dict], tasks: list[str]) -> str:
+    """LoRA's, to tell how much harder the test split is."""
     losses = []
     for task in tasks:
         own = contrasts.reported(runs, task, "LoRA").values()
         losses.append(f"{task} {mean_and_deviation([cell['val']['loss'] for cell in own])}")
-    said = f"LoRA's validation loss in the same runs: {', '.join(losses)}."
-    return f"{table(head, [*lines, [*line, '', '']])}\n\n{said}"
+    return f"LoRA's validation loss in the same runs: {', '.join(losses)}."
 
 
 def setting(cell: dict) -> str:
