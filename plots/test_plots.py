@@ -967,7 +967,7 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     table, said = tables.what_was_found().split("\n\n")
     assert verdict in said
     assert re.search(rf"permuted [+-]{abs(gain):.4f} ± 0.0035", said)
-    assert "ahead on CoLA, behind on SST-2" in said
+    assert "ahead on CoLA; behind on SST-2" in said
     assert "costs LoRA +0.2820 ± 0.0000 on CoLA; LoRA +0.2820" in said
     assert "On CoLA LoRA's loss is not clear of what the class shares alone give" in said
     assert "| class shares alone | +0.0000 ± 0.0022 | +1.0000 ± 0.0022 |" in table
@@ -1012,6 +1012,41 @@ def test_an_ablation_is_compared_with_its_own_reference(monkeypatch):
     assert gaps["beta2 .999"] == pytest.approx([1.0, 1.0, 1.0])
     assert gaps["beta2 .999, new moments zero"] == pytest.approx([1.9, 1.8])
     assert ablations.reference_of("uniform growth, core not trained") == "uniform growth"
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ({}, "–"),
+        ({"a": 0, "b": 0}, "could not be seen"),
+        ({"a": 1, "b": 1}, "held"),
+        ({"a": 1, "b": 0}, "held in part"),
+        ({"a": 1, "b": -1}, "held in part"),
+        ({"a": 0, "b": -1}, "did not hold"),
+    ],
+)
+def test_a_claim_holds_as_far_as_its_corrected_intervals_say(gains, verdict):
+    gaps = {name: [0.1 - gain, -gain, -0.1 - gain] for name, gain in gains.items()}
+    assert tables.verdict_of(gaps) == verdict
+
+
+def test_a_claim_of_two_differences_needs_half_the_p_of_one():
+    gaps = [2, 3, 3.8]  # p is .03
+    assert tables.verdict_of({"a": gaps}) == "did not hold"
+    assert tables.verdict_of({"a": gaps, "b": [-1, 0, 1]}) == "could not be seen"
+
+
+def test_the_best_schedule_is_one_that_all_others_are_clearly_above(monkeypatch):
+    found = []
+    for row, loss in (("reference", 1), ("exponential schedule", 2), ("fixed schedule", 3)):
+        for seed in range(8):
+            found.append({"row": row, "seed": seed, "test": loss + seed**2 / 1e4 * loss})
+    monkeypatch.setattr(cells, "read", lambda path: found)
+    *_, said, verdict = tables.claim_linear()
+    assert said[0].startswith("exponential schedule +1.00")
+    assert verdict == "held"
+    found[:] = [cell | {"test": -cell["test"]} for cell in found]
+    assert tables.claim_linear()[-1] == "did not hold"
 
 
 def test_a_link_of_the_paper_table_is_to_the_definition():

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import train
-from plots.experiments import ablations, cells, evidence, planted, saves
+from plots.experiments import ablations, adalora, cells, evidence, planted, saves
 from plots.figures import contrasts, intervals
 
 PAGES = [ROOT / "README.md"]
@@ -45,6 +45,10 @@ def difference(gaps: list[float], digits: int = 4) -> str:
     if len(gaps) >= intervals.FEWEST:
         text += f" ± {intervals.half_width(gaps):.{digits}f}"
     return text
+
+
+def p_in_words(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "below 0.001"
 
 
 # README.md.
@@ -207,23 +211,23 @@ def full_in_words(runs: list[dict], tasks: list[str]) -> str:
         gaps = contrasts.differences(runs, [task], "full fine-tuning", "LoRA")
         if gaps:
             found[intervals.clear_side(gaps)].append(task)
-    said = [f"{sides[side]} {' and '.join(on)}" for side, on in found.items() if on]
+    said = [f"{sides[side]} {', '.join(on)}" for side, on in found.items() if on]
     if not said:
         return ""
-    return f"Against LoRA, full fine-tuning (by its own interval) is {', '.join(said)}."
+    return f"Against LoRA, full fine-tuning (by its own interval) is {'; '.join(said)}."
 
 
 def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
     """What four times the chosen rate costs LoRA and growth."""
     said = []
     for task in tasks:
-        lost = []
+        costs = []
         for row in ("LoRA", "importance"):
-            gaps = contrasts.differences(runs, [task], evidence.at_higher_rate(row, 4), row)
+            gaps = [*lost(runs, task, row, 4).values()]
             if gaps:
-                lost.append(f"{row} {difference(gaps)}")
-        if lost:
-            said.append(f"{' and '.join(lost)} on {task}")
+                costs.append(f"{row} {difference(gaps)}")
+        if costs:
+            said.append(f"{' and '.join(costs)} on {task}")
     if not said:
         return ""
     return f"Four times its learning rate, with four seeds, costs {'; '.join(said)}."
@@ -340,7 +344,8 @@ def contrast_in_words(contrast: contrasts.Contrast | None) -> str:
     gap = difference(contrast.gaps)
     if contrast.holm < 0.05:
         gap = f"**{gap}**"
-    return f"{gap} (Holm {contrast.holm:.3f}; could have seen {contrast.visible:.4f})"
+    holm = p_in_words(contrast.holm)
+    return f"{gap} (Holm {holm}; could have seen {contrast.visible:.4f})"
 
 
 def by_base(gaps: dict[tuple[str, int, int], float]) -> str:
@@ -359,33 +364,37 @@ def rates_table() -> str:
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     lines = []
     for task in contrasts.reported_tasks(runs):
-        lost = {}  # {row: {multiple: {place: loss}}}
         for row in ("LoRA", "importance"):
             own = contrasts.reported(runs, task, row)
             if not own:
                 continue
-            lost[row] = {}
             line = [task, row, f"{next(iter(own.values()))['settings']['lr']:g}"]
             for n in (2, 4):
-                higher = evidence.at_higher_rate(row, n)
-                lost[row][n] = contrasts.paired(runs, [task], higher, row)
-                text = difference([*lost[row][n].values()])
-                diverged = [c["diverged"] for c in contrasts.reported(runs, task, higher).values()]
-                if any(diverged):
-                    text += f" ({sum(diverged)} of {len(diverged)} diverged)"
+                text = difference([*lost(runs, task, row, n).values()])
+                higher = contrasts.reported(runs, task, evidence.at_higher_rate(row, n)).values()
+                diverged = sum(cell["diverged"] for cell in higher)
+                if diverged:
+                    text += f" ({diverged} of {len(higher)} diverged)"
                 line.append(text)
             lines.append([*line, spread(own)])
-        if len(lost) == 2:
-            line = [task, "importance minus LoRA", ""]
-            for n, ours in lost["importance"].items():
-                theirs = lost["LoRA"][n]
-                both = ours.keys() & theirs.keys()
-                line.append(difference([ours[place] - theirs[place] for place in sorted(both)]))
-            lines.append([*line, ""])
+        gaps = [difference(lost_minus_lora(runs, task, n)) for n in (2, 4)]
+        lines.append([task, "importance minus LoRA", "", *gaps, ""])
     if not lines:
         return NONE_YET
     head = ["", "", "learning rate", "lost at twice the rate", "at four times"]
     return table([*head, "standard deviation over seeds (95 % interval)"], lines)
+
+
+def lost(runs: list[dict], task: str, row: str, n: int) -> dict[tuple[str, int, int], float]:
+    """{place: test loss at n times a row's rate, minus that at its rate}."""
+    return contrasts.paired(runs, [task], evidence.at_higher_rate(row, n), row)
+
+
+def lost_minus_lora(runs: list[dict], task: str, n: int) -> list[float]:
+    """What growth by the importance loses at n times its rate, minus what LoRA does."""
+    ours = lost(runs, task, "importance", n)
+    theirs = lost(runs, task, "LoRA", n)
+    return [ours[place] - theirs[place] for place in sorted(ours.keys() & theirs.keys())]
 
 
 def spread(own: dict[tuple[int, int], dict]) -> str:
@@ -457,6 +466,13 @@ def ablation_gaps() -> dict[str, list[float]]:
     return gaps
 
 
+def ablation_holm(gaps: dict[str, list[float]]) -> dict[str, float]:
+    """{row: p, corrected for the whole table} of the rows that have seeds enough."""
+    enough = {row: own for row, own in gaps.items() if len(own) >= intervals.FEWEST}
+    p_values = {row: intervals.p_value(own) for row, own in enough.items()}
+    return intervals.holm(p_values, tests=len(ablations.ROWS) - 1)
+
+
 def ablations_table() -> str:
     """ablations.jsonl: each choice of ours against another."""
     return ablations_of([row for row in ablations.ROWS if not row.startswith("released")])
@@ -471,9 +487,7 @@ def ablations_of(chosen: list[str]) -> str:
     """The test loss of rows, and their paired differences to their references."""
     rows = ablated_rows()
     gaps = ablation_gaps()
-    enough = {row: own for row, own in gaps.items() if len(own) >= intervals.FEWEST}
-    p_values = {row: intervals.p_value(own) for row, own in enough.items()}
-    holm = intervals.holm(p_values, tests=len(ablations.ROWS) - 1)
+    holm = ablation_holm(gaps)
     lines = []
     for row in chosen:
         runs = rows.get(row, {}).values()
@@ -486,7 +500,7 @@ def ablations_of(chosen: list[str]) -> str:
                 str(len(runs)),
                 mean_and_deviation([cell["test"] for cell in runs]),
                 f"**{gap}**" if holm.get(row, 1) < 0.05 else gap,
-                f"{holm[row]:.4f}" if row in holm else "",
+                p_in_words(holm[row]) if row in holm else "",
                 str(max(cell["spent_at"] for cell in runs) or "–"),
                 final_ranks(runs),
                 f"{statistics.mean(cell['trainable'] for cell in runs):,.0f}",
@@ -643,58 +657,107 @@ def time_table() -> str:
 
 def claims_table() -> str:
     """The paper's claims, each with what was measured of it."""
-    runs = cells.read(cells.RESULTS / "evidence.jsonl")
-    ablated = ablation_gaps()
-    students = cells.read(cells.RESULTS / "planted.jsonl")
-    tasks = contrasts.reported_tasks(runs)
+    claims = [claim_better(), claim_finds(), claim_linear(), claim_stable(), claim_cheaper()]
     lines = []
+    for claim, what, said, verdict in claims:
+        lines.append([claim, what, "; ".join(said) or "not run yet", verdict])
+    return table(["claim", "what was measured", "here", "so the claim"], lines)
 
-    said = []
-    for task in tasks:
-        gaps = contrasts.differences(runs, [task], "importance", "LoRA")
-        said.append(f"{task} {difference(gaps)}{side_word(gaps)}")
-    lines.append(["better than other PEFT methods", "loss minus LoRA's", said])
 
+Claim = tuple[str, str, list[str], str]  # what it is, what was measured, numbers, verdict
+
+
+def claim_better() -> Claim:
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
+    gaps = {}
+    for other in ("LoRA", adalora.ROW):
+        for task in contrasts.reported_tasks(runs):
+            own = contrasts.differences(runs, [task], "importance", other)
+            if own:
+                gaps[f"{task}, {other}"] = own
+    said = [f"{name} {difference(own)}" for name, own in gaps.items()]
+    return "better than other PEFT methods", "loss minus another's", said, verdict_of(gaps)
+
+
+def claim_finds() -> Claim:
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
     said = []
+    verdict = "–"
     pooled = contrasts.declared(runs).get(("importance", "random"))
     if pooled is not None:
         said.append(f"CoLA and SST-2 {contrast_in_words(pooled)}")
+        verdict = verdict_from([statistics.mean(pooled.gaps)], [pooled.holm])
     for task in evidence.GPT_TASKS:
         gaps = contrasts.differences(runs, [task], "importance", "random")
         if gaps:
-            said.append(f"{task} {difference(gaps)}{side_word(gaps)}")
+            said.append(f"{task} {difference(gaps)}, not tested")
     shares = {}
-    for cell in students:
+    for cell in cells.read(cells.RESULTS / "planted.jsonl"):
         if cell["signal"] == "importance":
             shares.setdefault(cell["growth"], []).append(cell["share"])
     for name, own in shares.items():
         what = "share of the added rank in planted matrices"
-        said.append(f"{what} {mean_and_interval(own)} with {name} growth, by chance .33")
+        said.append(
+            f"{what} {mean_and_interval(own)} with {name} growth, by chance .33, not tested"
+        )
     what = "loss minus that of growth at random; where the rank goes if the need is planted"
-    lines.append(["the importance finds where rank is needed", what, said])
+    return "the importance finds where rank is needed", what, said, verdict
 
-    said = []
-    for row in ("exponential schedule", "fixed schedule"):
-        gaps = ablated.get(row, [])
-        if gaps:
-            said.append(f"{row} {difference(gaps)}{side_word(gaps)}, {len(gaps)} seeds")
-    lines.append(["linear is the best schedule", "loss minus linear growth's, on prose", said])
 
-    said = []
-    for task in tasks:
-        for row in ("LoRA", "importance"):
-            gaps = contrasts.differences(runs, [task], evidence.at_higher_rate(row, 2), row)
-            if gaps:
-                said.append(f"{task}, {row} {difference(gaps)}")
-    lines.append(["more stable", "lost at twice the chosen learning rate", said])
+def claim_linear() -> Claim:
+    gaps = ablation_gaps()
+    others = [row for row in ("exponential schedule", "fixed schedule") if gaps.get(row)]
+    said = [f"{row} {difference(gaps[row])}, {len(gaps[row])} seeds" for row in others]
+    holm = ablation_holm(gaps)
+    tested = [row for row in others if row in holm]
+    linear_minus_other = [-statistics.mean(gaps[row]) for row in tested]
+    verdict = verdict_from(linear_minus_other, [holm[row] for row in tested])
+    return "linear is the best schedule", "loss minus linear growth's, on prose", said, verdict
 
+
+def claim_stable() -> Claim:
+    runs = cells.read(cells.RESULTS / "evidence.jsonl")
+    gaps = {}
+    for task in contrasts.reported_tasks(runs):
+        for n in (2, 4):
+            own = lost_minus_lora(runs, task, n)
+            if own:
+                gaps[f"{task}, {n} times"] = own
+    said = [f"{name} {difference(own)}" for name, own in gaps.items()]
+    what = "what a multiple of the chosen learning rate costs, minus what it costs LoRA"
+    return "more stable", what, said, verdict_of(gaps)
+
+
+def claim_cheaper() -> Claim:
     ratio = cells.read(cells.RESULTS / "bench.jsonl")[0]["ratio"]
-    names = ("TriAdaptLoRA, grown", "LoRA", "peft AdaLoRA")
-    said = [f"{name} {ratio[name]:.2f}" for name in names if name in ratio]
-    lines.append(["cheaper", "a step, in steps of the frozen base", said])
+    ours = "TriAdaptLoRA, grown"
+    others = [name for name in ("LoRA", "peft AdaLoRA") if name in ratio]
+    said = [f"{name} {ratio[name]:.2f}" for name in (ours, *others)]
+    verdicts = []
+    for name in others:
+        verdict = "held" if ratio[ours] < ratio[name] else "did not hold"
+        verdicts.append(f"{verdict} against {name}")
+    return "cheaper", "a step, in steps of the frozen base", said, ", ".join(verdicts)
 
-    shown = [[claim, what, "; ".join(said) or "not run yet"] for claim, what, said in lines]
-    return table(["claim", "what was measured", "here"], shown)
+
+def verdict_of(gaps: dict[str, list[float]]) -> str:
+    """Of the claim that all these differences are below zero, with Holm's correction over them."""
+    holm = intervals.holm({name: intervals.p_value(own) for name, own in gaps.items()}, len(gaps))
+    return verdict_from([statistics.mean(own) for own in gaps.values()], [holm[n] for n in gaps])
+
+
+def verdict_from(means: list[float], corrected: list[float]) -> str:
+    """The same, of means and corrected p."""
+    clear = [mean for mean, p in zip(means, corrected, strict=True) if p < 0.05]
+    if not means:
+        return "–"
+    if not clear:
+        return "could not be seen"
+    if max(clear) < 0 and len(clear) == len(means):
+        return "held"
+    if min(clear) < 0:
+        return "held in part"
+    return "did not hold"
 
 
 def side_word(gaps: list[float]) -> str:
