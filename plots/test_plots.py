@@ -966,7 +966,8 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     monkeypatch.setattr(cells, "read", lambda path: found)
     table, said = tables.what_was_found().split("\n\n")
     assert verdict in said
-    assert re.search(rf"permuted [+-]{abs(gain):.4f} ± 0.0035", said)
+    clear = {0: "not clear", 0.2: "clearly better", -0.2: "clearly worse"}[gain]
+    assert re.search(rf"permuted [+-]{abs(gain):.4f} ± 0.0035 \({clear}\)", said)
     assert "ahead on CoLA; behind on SST-2" in said
     assert "costs LoRA +0.2820 ± 0.0000 on CoLA; LoRA +0.2820" in said
     assert "On CoLA LoRA's loss is not clear of what the class shares alone give" in said

@@ -167,7 +167,8 @@ def contrasts_in_words(declared: Declared) -> str:
     """The primary result."""
     said = []
     for (one, other), contrast in declared.items():
-        verdict = "clear" if contrast.holm < 0.05 else "not clear"
+        side = "better" if statistics.mean(contrast.gaps) < 0 else "worse"
+        verdict = f"clearly {side}" if contrast.holm < 0.05 else "not clear"
         said.append(f"{one} minus {other} {difference(contrast.gaps)} ({verdict})")
     if not said:
         return ""
