@@ -860,7 +860,7 @@ def test_every_figure_is_drawn_and_says_what_its_results_say(drawable, monkeypat
     assert {path.stem for path in drawable.glob("*.png")} == set(draw.FIGURES) == set(titles)
     assert not [*drawable.glob(".*")]
 
-    assert "1 of 3 are clear after Holm's" in titles["compare"]
+    assert "1 of 3 are clearly better, 0 clearly worse" in titles["compare"]
     assert titles["compare"].endswith("| CoLA and SST-2 | CoLA | SST-2 | prose |  | ")
     assert "CoLA: LoRA 0.000, importance 0.000" in titles["rates"]
     assert "importance 1.00, norm 1.00, worth 1.00, random 1.00" in titles["ranks"]

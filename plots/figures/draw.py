@@ -421,10 +421,11 @@ def draw_compare(runs: list[dict]) -> plt.Figure:
         axes.set_yticks(range(len(pairs)), [" − ".join(pair) for pair in pairs], fontsize=9)
     title = "Paired differences with their 95 % intervals, uncorrected"
     if tested:
-        clear = sum(contrast.holm < 0.05 for contrast in tested.values())
+        clear = [statistics.mean(c.gaps) for c in tested.values() if c.holm < 0.05]
+        better = sum(mean < 0 for mean in clear)
         title += (
-            f". Tested are, in the first panel, those above the line:\n{clear} of {len(tested)} "
-            "are clear after Holm's correction"
+            ". Tested are, in the first panel, those above the line:\nafter Holm's correction "
+            f"{better} of {len(tested)} are clearly better, {len(clear) - better} clearly worse"
         )
     figure.suptitle(title, fontsize=11)
     return figure
