@@ -968,7 +968,7 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     assert verdict in said
     clear = {0: "not clear", 0.2: "clearly better", -0.2: "clearly worse"}[gain]
     assert re.search(rf"permuted [+-]{abs(gain):.4f} ± 0.0035 \({clear}\)", said)
-    assert "ahead on CoLA; behind on SST-2" in said
+    assert "ahead of LoRA on CoLA; behind LoRA on SST-2" in said
     assert "costs LoRA +0.2820 ± 0.0000 on CoLA; LoRA +0.2820" in said
     assert "On CoLA LoRA's loss is not clear of what the class shares alone give" in said
     assert "| class shares alone | +0.0000 ± 0.0022 | +1.0000 ± 0.0022 |" in table

@@ -206,7 +206,7 @@ def little_in_words(runs: list[dict], tasks: list[str]) -> str:
 
 def full_in_words(runs: list[dict], tasks: list[str]) -> str:
     """On which side of LoRA full fine-tuning is, task by task: not tested."""
-    sides = {-1: "ahead on", 1: "behind on", 0: "not clear of it on"}
+    sides = {-1: "ahead of LoRA on", 1: "behind LoRA on", 0: "not clear of LoRA on"}
     found = {side: [] for side in sides}
     for task in tasks:
         gaps = contrasts.differences(runs, [task], "full fine-tuning", "LoRA")
@@ -215,7 +215,7 @@ def full_in_words(runs: list[dict], tasks: list[str]) -> str:
     said = [f"{sides[side]} {', '.join(on)}" for side, on in found.items() if on]
     if not said:
         return ""
-    return f"Against LoRA, full fine-tuning (by its own interval) is {'; '.join(said)}."
+    return f"Full fine-tuning, by uncorrected intervals, is {'; '.join(said)}."
 
 
 def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
