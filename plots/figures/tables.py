@@ -155,9 +155,10 @@ def what_was_found() -> str:
     declared = contrasts.declared(runs)
     said = [contrasts_in_words(declared), places_in_words(declared), little_in_words(runs, tasks)]
     said += [full_in_words(runs, tasks), rates_in_words(runs, tasks)]
+    text = " ".join(filter(None, said))
     if len(tasks) < len(contrasts.TASKS):
-        said.append("More runs are under way.")
-    return "\n\n".join([table(["", *tasks], lines), " ".join(filter(None, said))])
+        text = text.removesuffix(".") + "; more runs are under way."
+    return "\n\n".join([table(["", *tasks], lines), text])
 
 
 Declared = dict[tuple[str, str], contrasts.Contrast]
