@@ -944,14 +944,18 @@ def test_a_difference_stands_with_its_interval():
 @pytest.mark.parametrize(
     ("gain", "verdict"),
     [
-        (0, "did not matter here, as far as could be seen"),
-        (0.2, "mattered: LoRA with the final ranks of growth by worth is better"),
-        (-0.2, "mattered: LoRA with the final ranks of growth by worth is worse"),
+        (
+            0,
+            "did not matter here, as far as could be seen: LoRA with the final ranks of growth by "
+            "worth is not clear of",
+        ),
+        (0.2, "mattered here: LoRA with the final ranks of growth by worth is clearly better than"),
+        (-0.2, "mattered here: LoRA with the final ranks of growth by worth is clearly worse than"),
     ],
 )
 def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     found = []
-    gains = {"LoRA": 0, "ranks of worth": gain, "ranks of worth, permuted": 0}
+    gains = {"LoRA": 0, "worth": 2 * gain, "ranks of worth": gain, "ranks of worth, permuted": 0}
     gains |= {"full fine-tuning": 0.5, "LoRA, 4 times the rate": -0.3}
     for task, sign in (("CoLA", 1), ("SST-2", -1)):
         for row, better in gains.items():
@@ -966,15 +970,18 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     monkeypatch.setattr(cells, "read", lambda path: found)
     table, said = tables.what_was_found().split("\n\n")
     assert verdict in said
-    clear = {0: "not clear", 0.2: "clearly better", -0.2: "clearly worse"}[gain]
-    assert re.search(rf"permuted [+-]{abs(gain):.4f} ± 0.0035 \({clear}\)", said)
+    assert f"equal size ({-gain:+.4f} ± 0.0035; 0.00" in said
+    who = "growth by worth" if gain > 0 else "no signal that was tested"
+    clear = {0: "not clear of", 0.2: "clearly better than", -0.2: "clearly worse than"}[gain]
+    assert f"{who} beats LoRA at equal numbers: worth is {clear} LoRA ({-2 * gain:+.4f}" in said
+    assert f"worth is {clear} ranks of worth (" in said
     assert "ahead of LoRA on CoLA; behind LoRA on SST-2" in said
     assert "costs LoRA +0.2820 ± 0.0000 on CoLA; LoRA +0.2820" in said
     assert "On CoLA LoRA's loss is not clear of what the class shares alone give" in said
     assert "| class shares alone | +0.0000 ± 0.0022 | +1.0000 ± 0.0022 |" in table
     assert said.endswith("; more runs are under way.")
     assert len(re.findall(r"\.(?= |$)", said)) == 5
-    assert len(table.splitlines()) == 2 + 5
+    assert len(table.splitlines()) == 2 + 6
 
 
 def test_what_higher_rates_lose_is_paired_and_seeds_spread_within_their_base(monkeypatch):

@@ -8,11 +8,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from plots.experiments import evidence
 from plots.figures import intervals
 
+PLACES = ("ranks of worth", "ranks of worth, permuted")  # does it matter where the rank goes?
 DECLARED = [
     ("importance", "random"),
     ("worth", "LoRA"),
     ("norm", "LoRA"),
-    ("ranks of worth", "ranks of worth, permuted"),
+    PLACES,
     ("worth", "ranks of worth"),
 ]
 GROWTH_ALONE = ("uniform", "core, no growth")  # described, not tested

@@ -156,7 +156,7 @@ def what_was_found() -> str:
     said = [contrasts_in_words(declared), places_in_words(declared), little_in_words(runs, tasks)]
     said += [full_in_words(runs, tasks), rates_in_words(runs, tasks)]
     text = " ".join(filter(None, said))
-    if len(tasks) < len(contrasts.TASKS):
+    if text and len(tasks) < len(contrasts.TASKS):
         text = text.removesuffix(".") + "; more runs are under way."
     return "\n\n".join([table(["", *tasks], lines), text])
 
@@ -165,32 +165,45 @@ Declared = dict[tuple[str, str], contrasts.Contrast]
 
 
 def contrasts_in_words(declared: Declared) -> str:
-    """The primary result."""
-    said = []
+    """The primary result: who beats LoRA, and the other declared contrasts but that of places."""
+    said, winners = [], []
     for (one, other), contrast in declared.items():
-        side = "better" if statistics.mean(contrast.gaps) < 0 else "worse"
-        verdict = f"clearly {side}" if contrast.holm < 0.05 else "not clear"
-        said.append(f"{one} minus {other} {difference(contrast.gaps)} ({verdict})")
+        if (one, other) == contrasts.PLACES:
+            continue
+        side = side_of(contrast)
+        said.append(f"{one} is {side} {other} ({difference(contrast.gaps)})")
+        if other == "LoRA" and side == "clearly better than":
+            winners.append(one)
     if not said:
         return ""
-    return f"Declared, of CoLA and SST-2 together, with Holm's correction: {'; '.join(said)}."
+    who = f"growth by {' or '.join(winners)}" if winners else "no signal that was tested"
+    return (
+        "On CoLA and SST-2 together, with Holm's correction over the five declared contrasts, "
+        f"{who} beats LoRA at equal numbers: {', '.join(said)}."
+    )
 
 
 def places_in_words(declared: Declared) -> str:
     """Whether it matters where the rank goes."""
-    contrast = declared.get(("ranks of worth", "ranks of worth, permuted"))
+    contrast = declared.get(contrasts.PLACES)
     if contrast is None:
         return ""
-    what = "LoRA with the final ranks of growth by worth"
-    other = "LoRA with the same ranks permuted among matrices of equal size"
-    if contrast.holm < 0.05:
-        than = "better" if statistics.mean(contrast.gaps) < 0 else "worse"
-        return f"Which matrix of a size got the rank mattered: {what} is {than} than {other}."
+    side = side_of(contrast)
+    mattered = "mattered here"
+    if contrast.holm >= 0.05:
+        mattered = "did not matter here, as far as could be seen"
     return (
-        "Which matrix of a size got the rank did not matter here, as far as could be seen: "
-        f"{what} is not clear of {other} (a true difference of {contrast.visible:.4f} would have "
-        "been, with a chance of 80 %)."
+        f"Which matrix of a size got the rank {mattered}: LoRA with the final ranks of growth by "
+        f"worth is {side} LoRA with the same ranks permuted among matrices of equal size "
+        f"({difference(contrast.gaps)}; {contrast.visible:.4f} would have been clear with a chance "
+        "of 80 %)."
     )
+
+
+def side_of(contrast: contrasts.Contrast) -> str:
+    if contrast.holm >= 0.05:
+        return "not clear of"
+    return "clearly better than" if statistics.mean(contrast.gaps) < 0 else "clearly worse than"
 
 
 def little_in_words(runs: list[dict], tasks: list[str]) -> str:
