@@ -15,8 +15,9 @@ From rank 3 to rank 4 all four factors grow by appending, and no trained number 
     U in memory, column by column:    o | o o | o o o | + + + +
 
 B (L + U) A stays what it was, as the new column of B is zero and so are the new numbers of L + U
-but the last. Yet B's new column gets a gradient at once, and the rest as soon as that has moved. A
-run starts the same way: with B = 0 and L + U the identity it computes what the base does.
+but the last. Yet B's new column gets a gradient at once, and so does U's, where B is not zero; L's
+row and A's as soon as B's column has moved. A run starts in the same way: with B = 0 and L + U the
+identity it computes what the base does.
 
 In this file, in the order of the paper:
 

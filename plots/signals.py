@@ -132,9 +132,10 @@ def pad_with_zeros(moment: Tensor, p: Tensor, axis: int) -> Tensor:
 class Worth(RankAllocator):
     """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_weight x)^2.
 
-    dL/dy . delta_weight x is, to first order, what the change does to the loss at one token. It is
-    squared before the sum, so that tokens which gain and tokens which lose do not cancel, and
-    smoothed over steps. Each adapter is watched by a forward hook.
+    L is the loss of the batch and y the output at one token, so dL/dy . delta_weight x is, to first
+    order, what the change does to the loss when it is made at that token alone. It is squared
+    before the sum, so that tokens which gain and tokens which lose do not cancel, and smoothed over
+    steps. Each adapter is watched by a forward hook.
     """
 
     SMOOTHING = 0.97

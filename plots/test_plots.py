@@ -369,6 +369,10 @@ def test_a_setting_is_chosen_by_two_seeds_and_a_grid_whose_end_is_best_goes_on()
         assert evidence.runs_left(found, "CoLA", row) == [run | {"row": row} for run in left]
     twice = evidence.runs_left(found, "CoLA", "LoRA, 2 times the rate")
     assert [(run["rate"], run["seed"]) for run in twice] == [(4e-3, s) for s in range(0, 12, 3)]
+    core = {16: 1, 32: 0.1}  # worth's second settings for LoRA's
+    worth = [run | {"row": "worth", "second": core[run["second"]]} for run in found]
+    half = evidence.runs_left(worth, "CoLA", evidence.HALF)
+    assert [(run["rate"], run["seed"]) for run in half] == [(1e-3, s) for s in range(12)]
 
 
 def test_processes_share_runs_and_take_over_what_another_leaves():
@@ -711,10 +715,10 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
             for row, loss in losses.items():
                 cell = {"task": task, "row": row, "base": 0, "seed": seed, "rate": 1e-3}
                 cell |= {"trainable": 7, "test": {"loss": level + loss}, "loss_of_shares": 0.6}
-                cell |= {"val": {"loss": level + loss - 0.1}}
+                cell |= {"val": {"loss": level - loss - 0.1}}
                 cell["settings"] = {"lr": 1e-3, "method": "lora", "alpha": 16}
                 if task == "CoLA":
-                    cell["test"]["matthews"] = 0.25
+                    cell["test"]["matthews"] = 0.375 if row == "worth" else 0.25
                 else:
                     cell["test"]["accuracy"] = 0.75
                 found.append(cell)
@@ -733,11 +737,11 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
 
     monkeypatch.setattr(cells, "read", lambda path: found)
     rows = tables.rows_table()
-    assert "| LoRA | 0.5550 ± 0.0361 | 0.250 ± 0.000 | 0.3550 ± 0.0361 | 0.750 ± 0.000 |" in rows
-    assert "| worth | -0.0205 ± 0.0003 | 0.250 ± 0.000 |" in rows
+    lora = "0.5550 ± 0.0361 (0.4550) | 0.250 ± 0.000 | 0.3550 ± 0.0361 (0.2550) | 0.750 ± 0.000"
+    assert f"| LoRA | {lora} |" in rows
+    assert "| worth | -0.0205 ± 0.0003 (+0.0205) | +0.125 ± 0.000 |" in rows
     assert "CoLA 0.001, alpha 16; SST-2 0.001, alpha 16 | 7 |" in rows
     assert "| class shares alone | +0.0450 ± 0.0229 |  | +0.2450 ± 0.0229 |" in rows
-    assert rows.endswith("runs: CoLA 0.4550 ± 0.0361, SST-2 0.2550 ± 0.0361.")
     lines = tables.contrasts_table().splitlines()
     assert lines[0] == "|  | CoLA and SST-2, tested | CoLA | SST-2 |"
     assert lines[3].startswith(f"| worth minus LoRA | {clear} | -0.0205 ± 0.0003 | -0.0205")
@@ -956,7 +960,7 @@ def test_a_difference_stands_with_its_interval():
 def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     found = []
     gains = {"LoRA": 0, "worth": 2 * gain, "ranks of worth": gain, "ranks of worth, permuted": 0}
-    gains |= {"full fine-tuning": 0.5, "LoRA, 4 times the rate": -0.3}
+    gains |= {"full fine-tuning": 0.5, "LoRA, 4 times the rate": -0.3, evidence.HALF: 0.1}
     for task, sign in (("CoLA", 1), ("SST-2", -1)):
         for row, better in gains.items():
             for base, seed in evidence.places_of(task, row):
@@ -975,6 +979,7 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     clear = {0: "not clear of", 0.2: "clearly better than", -0.2: "clearly worse than"}[gain]
     assert f"{who} beats LoRA at equal numbers: worth is {clear} LoRA ({-2 * gain:+.4f}" in said
     assert f"worth is {clear} ranks of worth (" in said
+    assert "; worth at half its learning rate, not tested, minus LoRA -0.1000 ± 0.00" in said
     assert "ahead of LoRA on CoLA; behind LoRA on SST-2" in said
     assert "costs LoRA +0.2820 ± 0.0000 on CoLA; LoRA +0.2820" in said
     assert "On CoLA LoRA's loss is not clear of what the class shares alone give" in said
@@ -1042,6 +1047,30 @@ def test_a_claim_of_two_differences_needs_half_the_p_of_one():
     gaps = [2, 3, 3.8]  # p is .03
     assert tables.verdict_of({"a": gaps}) == "did not hold"
     assert tables.verdict_of({"a": gaps, "b": [-1, 0, 1]}) == "could not be seen"
+
+
+@pytest.mark.parametrize(
+    ("steps", "verdict"),
+    [((0.9, 0.8), "held"), ((1.1, 1.0), "did not hold"), ((0.9, 1.1), "could not be seen")],
+)
+def test_a_cost_is_lower_if_it_is_in_every_configuration(monkeypatch, steps, verdict):
+    costs = [{"ratio": {"TriAdaptLoRA, grown": 2 * step, "LoRA": 2.0}} for step in steps]
+    monkeypatch.setattr(cells, "read", lambda path: costs)
+    *_, said, found = tables.claim_cheaper()
+    words = f"{min(steps):.2f} to {max(steps):.2f} times ({sum(steps) / 2:.2f}) as long as LoRA's"
+    assert (said, found) == ([words], f"{verdict} against LoRA")
+
+
+def test_matrices_that_a_permutation_moved_are_counted(monkeypatch):
+    found = []
+    for seed in range(12):
+        cell = {"task": "CoLA", "base": 0, "seed": seed, "test": {"loss": 1.0}}
+        found.append(cell | {"row": "ranks of worth", "ranks": {"a": 1, "b": 2, "c": 3}})
+        permuted = {"a": 2, "b": 1, "c": 3} if seed < 6 else {"a": 1, "b": 2, "c": 3}
+        found.append(cell | {"row": "ranks of worth, permuted", "ranks": permuted})
+    said = "Permuting gave another rank to 1.0 of 3 matrices on CoLA, in the mean."
+    assert tables.moved_in_words(found, ["CoLA", "SST-2"]) == said
+    assert tables.moved_in_words(found[1:], ["CoLA"]) == ""
 
 
 def test_the_best_schedule_is_one_that_all_others_are_clearly_above(monkeypatch):

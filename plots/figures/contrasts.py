@@ -21,6 +21,9 @@ GROWTH_ALONE = ("uniform", "core, no growth")  # described, not tested
 REAL_TASKS = ["CoLA", "SST-2"]  # together they are the primary result
 TASKS = [*REAL_TASKS, *evidence.GPT_TASKS]
 
+What = tuple[str, str]  # split and score
+LOSS = ("test", "loss")
+
 
 @dataclass
 class Contrast:
@@ -44,9 +47,11 @@ def reported_tasks(found: list[dict]) -> list[str]:
 
 
 def paired(
-    found: list[dict], tasks: list[str], one: str, other: str
+    found: list[dict], tasks: list[str], one: str, other: str, what: What = LOSS
 ) -> dict[tuple[str, int, int], float]:
-    """{(task, base, seed): test loss of one row minus another's}; empty until all have run."""
+    """{(task, base, seed): a row's test loss, or what else, minus another's}; empty until all have
+    run."""
+    split, score = what
     gaps = {}
     for task in tasks:
         ours = reported(found, task, one)
@@ -55,13 +60,15 @@ def paired(
             return {}
         for base, seed in sorted(ours.keys() & theirs.keys()):
             place = (base, seed)
-            gaps[task, base, seed] = ours[place]["test"]["loss"] - theirs[place]["test"]["loss"]
+            gaps[task, base, seed] = ours[place][split][score] - theirs[place][split][score]
     return gaps
 
 
-def differences(found: list[dict], tasks: list[str], one: str, other: str) -> list[float]:
+def differences(
+    found: list[dict], tasks: list[str], one: str, other: str, what: What = LOSS
+) -> list[float]:
     """The same without places."""
-    return list(paired(found, tasks, one, other).values())
+    return list(paired(found, tasks, one, other, what).values())
 
 
 def declared(found: list[dict]) -> dict[tuple[str, str], Contrast]:

@@ -153,7 +153,11 @@ def what_was_found() -> str:
         if set(shown) != {"–"}:
             lines.append([row, *shown])
     declared = contrasts.declared(runs)
-    said = [contrasts_in_words(declared), places_in_words(declared), little_in_words(runs, tasks)]
+    said = [
+        contrasts_in_words(declared, runs),
+        places_in_words(declared),
+        little_in_words(runs, tasks),
+    ]
     said += [full_in_words(runs, tasks), rates_in_words(runs, tasks)]
     text = " ".join(filter(None, said))
     if text and len(tasks) < len(contrasts.TASKS):
@@ -164,7 +168,7 @@ def what_was_found() -> str:
 Declared = dict[tuple[str, str], contrasts.Contrast]
 
 
-def contrasts_in_words(declared: Declared) -> str:
+def contrasts_in_words(declared: Declared, runs: list[dict]) -> str:
     """The primary result: who beats LoRA, and the other declared contrasts but that of places."""
     said, winners = [], []
     for (one, other), contrast in declared.items():
@@ -179,8 +183,16 @@ def contrasts_in_words(declared: Declared) -> str:
     who = f"growth by {' or '.join(winners)}" if winners else "no signal that was tested"
     return (
         "On CoLA and SST-2 together, with Holm's correction over the five declared contrasts, "
-        f"{who} beats LoRA at equal numbers: {', '.join(said)}."
+        f"{who} beats LoRA at equal numbers: {', '.join(said)}{half_in_words(runs)}."
     )
+
+
+def half_in_words(runs: list[dict]) -> str:
+    """Whether it may be its rate that growth by worth loses by."""
+    gaps = contrasts.differences(runs, contrasts.REAL_TASKS, evidence.HALF, "LoRA")
+    if not gaps:
+        return ""
+    return f"; worth at half its learning rate, not tested, minus LoRA {difference(gaps)}"
 
 
 def places_in_words(declared: Declared) -> str:
@@ -214,7 +226,7 @@ def little_in_words(runs: list[dict], tasks: list[str]) -> str:
         return ""
     return (
         f"On {' and '.join(little)} LoRA's loss is not clear of what the class shares alone give, "
-        "so that there is little to tell rows apart by."
+        "so that differences there may tell of confidence more than of learning."
     )
 
 
@@ -248,14 +260,17 @@ def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
     return f"Four times its learning rate, with four seeds, costs {'; '.join(said)}."
 
 
-def minus_lora(runs: list[dict], task: str, row: str) -> str:
-    """A row's test loss minus LoRA's, paired; LoRA's own."""
+def minus_lora(
+    runs: list[dict], task: str, row: str, what: contrasts.What = contrasts.LOSS, digits: int = 4
+) -> str:
+    """A row's test loss, or what else is asked for, minus LoRA's, paired; LoRA's own."""
     if row == SHARES:
         return difference(shares_minus_lora(runs, task))
     if row == "LoRA":
+        split, score = what
         own = contrasts.reported(runs, task, row).values()
-        return mean_and_deviation([cell["test"]["loss"] for cell in own])
-    return difference(contrasts.differences(runs, [task], row, "LoRA"))
+        return mean_and_deviation([cell[split][score] for cell in own], digits)
+    return difference(contrasts.differences(runs, [task], row, "LoRA", what), digits)
 
 
 def shares_minus_lora(runs: list[dict], task: str) -> list[float]:
@@ -283,15 +298,15 @@ def rows_table() -> str:
             continue
         line = [row]
         for task in tasks:
-            line.append(minus_lora(runs, task, row))
-            score = SCORES.get(task)
-            if score:
-                line.append(mean_and_deviation([c["test"][score] for c in own[task]], 3))
+            validation = minus_lora(runs, task, row, ("val", "loss")).partition(" ")[0]
+            line.append(f"{minus_lora(runs, task, row)} ({validation})")
+            if task in SCORES:
+                line.append(minus_lora(runs, task, row, ("test", SCORES[task]), 3))
         chosen = [f"{task} {setting(finished[0])}" for task, finished in own.items() if finished]
         lines.append([*line, "; ".join(chosen), numbers_of(own)])
     head = [""]
     for task in tasks:
-        head.append(f"{task}, loss")
+        head.append(f"{task}, loss (on validation)")
         if task in SCORES:
             head.append(SCORES[task])
     head += ["learning rate, and alpha or the core's part of the rate", "numbers, at most"]
@@ -301,16 +316,7 @@ def rows_table() -> str:
         if task in SCORES:
             line.append("")
     lines.append([*line, "", ""])
-    return f"{table(head, lines)}\n\n{validation_in_words(runs, tasks)}"
-
-
-def validation_in_words(runs: list[dict], tasks: list[str]) -> str:
-    """LoRA's, to tell how much harder the test split is."""
-    losses = []
-    for task in tasks:
-        own = contrasts.reported(runs, task, "LoRA").values()
-        losses.append(f"{task} {mean_and_deviation([cell['val']['loss'] for cell in own])}")
-    return f"LoRA's validation loss in the same runs: {', '.join(losses)}."
+    return table(head, lines)
 
 
 def setting(cell: dict) -> str:
@@ -349,7 +355,24 @@ def contrasts_table() -> str:
             line.append(difference([*gaps.values()]) + by_base(gaps))
         lines.append(line)
     lines[-1][1] = "not tested"
-    return table(["", f"{' and '.join(contrasts.REAL_TASKS)}, tested", *tasks], lines)
+    head = ["", f"{' and '.join(contrasts.REAL_TASKS)}, tested", *tasks]
+    return f"{table(head, lines)}\n\n{moved_in_words(runs, tasks)}".strip()
+
+
+def moved_in_words(runs: list[dict], tasks: list[str]) -> str:
+    """How many matrices had another rank after the permutation."""
+    said = []
+    for task in tasks:
+        grown, permuted = (contrasts.reported(runs, task, row) for row in contrasts.PLACES)
+        moved = []
+        for place in sorted(grown.keys() & permuted.keys()):
+            ranks, others = grown[place]["ranks"], permuted[place]["ranks"]
+            moved.append(sum(ranks[name] != others[name] for name in ranks))
+        if moved:
+            said.append(f"{statistics.mean(moved):.1f} of {len(ranks)} matrices on {task}")
+    if not said:
+        return ""
+    return f"Permuting gave another rank to {', '.join(said)}, in the mean."
 
 
 def contrast_in_words(contrast: contrasts.Contrast | None) -> str:
@@ -447,18 +470,7 @@ def saves_table() -> str:
         head += [f"{task} ({len(own)} runs, {bases} base{'s' * (bases > 1)}): then", "in the end"]
         counts = [sum(loss <= 0 for loss in cell["saved"].values()) for cell in own]
         useless += ["", f"{statistics.mean(counts):.1f} of {len(own[0]['saved'])}"]
-    return f"{table(head, [*lines, useless])}\n\n{highest_in_words(sets)}"
-
-
-def highest_in_words(sets: dict[str, list[dict]]) -> str:
-    """Which signal knows most of what the adapters save, in each set."""
-    said = []
-    for name, own in sets.items():
-        known = {}
-        for signal in saves.WATCHED:
-            known[signal] = statistics.mean(c["correlations"][signal]["now"] for c in own)
-        said.append(f"{max(known, key=known.get)} on {name}")
-    return f"The highest correlation then: {'; '.join(said)}."
+    return table(head, [*lines, useless])
 
 
 def ablated_rows() -> dict[str, dict[int, dict]]:
@@ -605,6 +617,15 @@ def bench_table() -> str:
     )
 
 
+def times(runs: list[dict], one: str, other: str) -> list[float]:
+    """How many times as long a step of one takes as a step of another, in each configuration."""
+    return [cell["ratio"][one] / cell["ratio"][other] for cell in runs]
+
+
+def times_in_words(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f} to {max(ratios):.2f} times ({statistics.median(ratios):.2f})"
+
+
 def bench_in_words() -> str:
     """Where the time goes at the centre, and how far the variants are apart on all axes."""
     runs = cells.read(cells.RESULTS / "bench.jsonl")
@@ -612,26 +633,25 @@ def bench_in_words() -> str:
     added = [one - other for one, other in zip(ours, limit, strict=True)]
     forward, backward, optimiser = (part / sum(added) for part in added)
 
-    def times(one: str, other: str) -> str:
-        ratios = [cell["ratio"][one] / cell["ratio"][other] for cell in runs]
-        return f"{min(ratios):.2f} to {max(ratios):.2f} times ({statistics.median(ratios):.2f})"
+    def said(one: str, other: str) -> str:
+        return times_in_words(times(runs, one, other))
 
     lines = [
         f"- Where the time goes: TriAdaptLoRA adds {sum(added):.3f} steps of the limit, of which "
-        f"{forward:.0%} in the forward and {backward:.0%} in the backward, in thin products that "
-        f"read and write all activations, and {optimiser:.0%} in the optimiser.",
+        f"{forward:.0%} in the forward, {backward:.0%} in the backward and {optimiser:.0%} in the "
+        "optimiser.",
         f"- Over {len(runs)} configurations (median in brackets) a step of TriAdaptLoRA takes "
-        f"{times('TriAdaptLoRA', 'LoRA')} as long as one of LoRA, a grown one "
-        f"{times('TriAdaptLoRA, grown', 'LoRA')}.",
+        f"{said('TriAdaptLoRA', 'LoRA')} as long as one of LoRA, a grown one "
+        f"{said('TriAdaptLoRA, grown', 'LoRA')}.",
     ]
     if "peft LoRA" in runs[0]["ratio"]:
         lines.append(
-            f"- A step of peft's LoRA takes {times('peft LoRA', 'LoRA')} as long as one of LoRA "
-            f"here, of peft's AdaLoRA {times('peft AdaLoRA', 'TriAdaptLoRA')} as long as one of "
+            f"- A step of peft's LoRA takes {said('peft LoRA', 'LoRA')} as long as one of LoRA "
+            f"here, of peft's AdaLoRA {said('peft AdaLoRA', 'TriAdaptLoRA')} as long as one of "
             "TriAdaptLoRA."
         )
-    by_hand = times("TriAdaptLoRA, by hand", "TriAdaptLoRA")
-    dense = times("TriAdaptLoRA, dense by hand", "TriAdaptLoRA")
+    by_hand = said("TriAdaptLoRA, by hand", "TriAdaptLoRA")
+    dense = said("TriAdaptLoRA, dense by hand", "TriAdaptLoRA")
     lines.append(
         f"- With its backward by hand it takes {by_hand} as long as without, with the dense sum "
         f"{dense}."
@@ -744,15 +764,17 @@ def claim_stable() -> Claim:
 
 
 def claim_cheaper() -> Claim:
-    ratio = cells.read(cells.RESULTS / "bench.jsonl")[0]["ratio"]
-    ours = "TriAdaptLoRA, grown"
-    others = [name for name in ("LoRA", "peft AdaLoRA") if name in ratio]
-    said = [f"{name} {ratio[name]:.2f}" for name in (ours, *others)]
-    verdicts = []
-    for name in others:
-        verdict = "held" if ratio[ours] < ratio[name] else "did not hold"
-        verdicts.append(f"{verdict} against {name}")
-    return "cheaper", "a step, in steps of the frozen base", said, ", ".join(verdicts)
+    runs = cells.read(cells.RESULTS / "bench.jsonl")
+    said, verdicts = [], []
+    for other in ("LoRA", "peft AdaLoRA"):
+        if other in runs[0]["ratio"]:
+            ratios = times(runs, "TriAdaptLoRA, grown", other)
+            said.append(f"{times_in_words(ratios)} as long as {other}'s")
+            cheaper = sum(ratio < 1 for ratio in ratios)
+            verdict = {len(ratios): "held", 0: "did not hold"}.get(cheaper, "could not be seen")
+            verdicts.append(f"{verdict} against {other}")
+    what = f"a step of TriAdaptLoRA, grown, in {len(runs)} configurations (median)"
+    return "cheaper", what, said, ", ".join(verdicts)
 
 
 def verdict_of(gaps: dict[str, list[float]]) -> str:
