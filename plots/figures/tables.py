@@ -189,10 +189,14 @@ def contrasts_in_words(declared: Declared, runs: list[dict]) -> str:
 
 def half_in_words(runs: list[dict]) -> str:
     """Whether it may be its rate that growth by worth loses by."""
-    gaps = contrasts.differences(runs, contrasts.REAL_TASKS, evidence.HALF, "LoRA")
-    if not gaps:
+    said = []
+    for half, (row, _) in evidence.HALF.items():
+        gaps = contrasts.differences(runs, contrasts.REAL_TASKS, half, "LoRA")
+        if gaps:
+            said.append(f"{row} {difference(gaps)}")
+    if not said:
         return ""
-    return f"; worth at half its learning rate, not tested, minus LoRA {difference(gaps)}"
+    return f"; at half the learning rate, not tested, minus LoRA at its own: {', '.join(said)}"
 
 
 def places_in_words(declared: Declared) -> str:
