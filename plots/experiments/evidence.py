@@ -44,7 +44,7 @@ Written later, when the declared results of MiniLM were known:
   described, not tested. On both tasks of MiniLM that is LoRA's rate: is it the rate that loses?
   There it was ahead of LoRA, so LoRA runs at half its rate, too: does a lower rate gain as much?
 - Of rule 1: SST-2's validation is not easier for all rows alike, as it is kinder to higher rates.
-- Of rule 6: as LoRA, MiniLM has 1 to 2 % fewer numbers.
+- Of rule 6: MiniLM's LoRA with the ranks of worth has 1 to 2 % fewer numbers.
 
 A line of plots/results/evidence.jsonl is a finished run with its settings, and is never edited.
 """

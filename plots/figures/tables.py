@@ -302,7 +302,7 @@ def rows_table() -> str:
             continue
         line = [row]
         for task in tasks:
-            validation = minus_lora(runs, task, row, ("val", "loss")).partition(" ")[0]
+            validation = minus_lora(runs, task, row, ("val", "loss"))
             line.append(f"{minus_lora(runs, task, row)} ({validation})")
             if task in SCORES:
                 line.append(minus_lora(runs, task, row, ("test", SCORES[task]), 3))
@@ -360,7 +360,7 @@ def contrasts_table() -> str:
         lines.append(line)
     lines[-1][1] = "not tested"
     head = ["", f"{' and '.join(contrasts.REAL_TASKS)}, tested", *tasks]
-    return f"{table(head, lines)}\n\n{moved_in_words(runs, tasks)}".strip()
+    return "\n\n".join(filter(None, [table(head, lines), moved_in_words(runs, tasks)]))
 
 
 def moved_in_words(runs: list[dict], tasks: list[str]) -> str:
@@ -637,7 +637,7 @@ def bench_in_words() -> str:
     added = [one - other for one, other in zip(ours, limit, strict=True)]
     forward, backward, optimiser = (part / sum(added) for part in added)
 
-    def said(one: str, other: str) -> str:
+    def compared(one: str, other: str) -> str:
         return times_in_words(times(runs, one, other))
 
     lines = [
@@ -645,17 +645,17 @@ def bench_in_words() -> str:
         f"{forward:.0%} in the forward, {backward:.0%} in the backward and {optimiser:.0%} in the "
         "optimiser.",
         f"- Over {len(runs)} configurations (median in brackets) a step of TriAdaptLoRA takes "
-        f"{said('TriAdaptLoRA', 'LoRA')} as long as one of LoRA, a grown one "
-        f"{said('TriAdaptLoRA, grown', 'LoRA')}.",
+        f"{compared('TriAdaptLoRA', 'LoRA')} as long as one of LoRA, a grown one "
+        f"{compared('TriAdaptLoRA, grown', 'LoRA')}.",
     ]
     if "peft LoRA" in runs[0]["ratio"]:
         lines.append(
-            f"- A step of peft's LoRA takes {said('peft LoRA', 'LoRA')} as long as one of LoRA "
-            f"here, of peft's AdaLoRA {said('peft AdaLoRA', 'TriAdaptLoRA')} as long as one of "
+            f"- A step of peft's LoRA takes {compared('peft LoRA', 'LoRA')} as long as one of LoRA "
+            f"here, of peft's AdaLoRA {compared('peft AdaLoRA', 'TriAdaptLoRA')} as long as one of "
             "TriAdaptLoRA."
         )
-    by_hand = said("TriAdaptLoRA, by hand", "TriAdaptLoRA")
-    dense = said("TriAdaptLoRA, dense by hand", "TriAdaptLoRA")
+    by_hand = compared("TriAdaptLoRA, by hand", "TriAdaptLoRA")
+    dense = compared("TriAdaptLoRA, dense by hand", "TriAdaptLoRA")
     lines.append(
         f"- With its backward by hand it takes {by_hand} as long as without, with the dense sum "
         f"{dense}."
