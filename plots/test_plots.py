@@ -324,6 +324,7 @@ def test_a_long_pretraining_goes_on_where_it_was_and_is_made_once(home, monkeypa
     monkeypatch.setattr(data, "documents", lambda name: Path("text.txt").read_text().split("\n"))
     monkeypatch.setattr(bases, "GPTConfig", lambda: GPTConfig(300, 16, 1, 2, 16))
     monkeypatch.setattr(bases, "SAVE_EVERY", 0)
+    monkeypatch.setattr(cells, "RESULTS", Path("results"))
     whole = bases.pretrain(0, 6)
     expected = torch.load(whole)["model"]
     changed = whole.stat().st_mtime_ns

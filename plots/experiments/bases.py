@@ -3,9 +3,10 @@
     python plots/experiments/bases.py                 # three, about an hour of two cores each
     python plots/experiments/bases.py --seeds 0       # one of them
 
-Each is kept in cache/ under a name that changes with all that it is made from, so a finished one is
-not made again, and a stopped one goes on where it was: at most five minutes are lost. The last line
-for each is its file, for --base.
+Each is kept in plots/results/bases/ under a name that changes with all that it is made from, so a
+finished one is not made again, and a stopped one goes on where it was: at most five minutes are
+lost. The last line for each is its file, for --base. Those of the published results are there:
+other machines and other releases of Python, torch and tokenizers make others, and so other results.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import data
 import model
 import train
 from model import GPT, GPTConfig
+from plots.experiments import cells
 
 STEPS = 30_000  # of 8 windows of 128 tokens: each token of the code is read about ten times
 RATE = 2e-3  # train.py's
@@ -42,7 +44,7 @@ def prepare(seed: int, steps: int) -> tuple[Path, Tokenizer, dict]:
     settings = (config, seed, steps, RATE, train.pick_device(None).type, torch.__version__)
     facts = [*map(inspect.getsource, code), repr(settings)]
     name = train.digest([tokenizer.to_str(), windows["train"].tokens, *facts])
-    return train.CACHE / f"long-{seed}-{name}.pt", tokenizer, windows
+    return cells.RESULTS / "bases" / f"long-{seed}-{name}.pt", tokenizer, windows
 
 
 def pretrain(seed: int, steps: int) -> Path:
