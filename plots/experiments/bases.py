@@ -5,8 +5,8 @@
 
 Each is kept in plots/results/bases/ under a name that changes with all that it is made from, so a
 finished one is not made again, and a stopped one goes on where it was: at most five minutes are
-lost. The last line for each is its file, for --base. Those of the published results are there:
-other machines and other releases of Python, torch and tokenizers make others, and so other results.
+lost. The last line for each is its file, for --base. Those of the published results are there, as
+another kind of machine, or release of Python, torch or tokenizers, may make others.
 """
 
 import argparse

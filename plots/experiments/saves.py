@@ -114,7 +114,8 @@ def measure(task: str, base: int, seed: int, options: list[str]) -> dict:
         run.train()
         found = run.allocator.compare()
     shutil.rmtree(run.out)
-    return {"task": task, "base": base, "seed": seed, "settings": vars(run.args)} | found
+    settings = vars(run.args) | {"base": path.name}  # its folder is another one elsewhere
+    return {"task": task, "base": base, "seed": seed, "settings": settings} | found
 
 
 @torch.no_grad()
