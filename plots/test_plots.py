@@ -735,6 +735,9 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
         assert said[pair].holm > 0.05
         assert "**" not in tables.contrast_in_words(said[pair])
     assert contrasts.declared(found[:-2]).keys() < pairs  # a run is missing
+    assert contrasts.reported_tasks(found) == ["CoLA", "SST-2"]
+    alone = [cell for cell in found if cell["task"] == "CoLA" or cell["row"] == "LoRA"]
+    assert contrasts.reported_tasks(alone) == ["CoLA"]  # LoRA alone leaves nothing to compare
 
     monkeypatch.setattr(cells, "read", lambda path: found)
     rows = tables.rows_table()

@@ -42,8 +42,9 @@ def reported(found: list[dict], task: str, row: str) -> dict[tuple[int, int], di
 
 
 def reported_tasks(found: list[dict]) -> list[str]:
-    """The tasks of which LoRA has reported runs."""
-    return [task for task in TASKS if reported(found, task, "LoRA")]
+    """The tasks of which LoRA and another row have reported runs."""
+    others = [row for row in evidence.ROWS if row != "LoRA"]
+    return [t for t in TASKS if any(differences(found, [t], row, "LoRA") for row in others)]
 
 
 def paired(
