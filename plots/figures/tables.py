@@ -169,15 +169,10 @@ Declared = dict[tuple[str, str], contrasts.Contrast]
 
 
 def contrasts_in_words(declared: Declared, runs: list[dict]) -> str:
-    """The primary result: who beats LoRA, and the other declared contrasts but that of places."""
-    said, winners = [], []
-    for (one, other), contrast in declared.items():
-        if (one, other) == contrasts.PLACES:
-            continue
-        side = side_of(contrast)
-        said.append(f"{one} is {side} {other} ({difference(contrast.gaps)})")
-        if other == "LoRA" and side == "clearly better than":
-            winners.append(one)
+    """Who beats LoRA: the goal."""
+    against = [pair for pair in declared if pair[1] == "LoRA"]
+    said = [contrast_in_short(declared, pair) for pair in against]
+    winners = [one for one, other in against if side_of(declared[one, other]) == BETTER]
     if not said:
         return ""
     who = f"growth by {' or '.join(winners)}" if winners else "no signal that was tested"
@@ -200,26 +195,36 @@ def half_in_words(runs: list[dict]) -> str:
 
 
 def places_in_words(declared: Declared) -> str:
-    """Whether it matters where the rank goes."""
+    """Whether it matters where the rank goes: the other declared contrasts."""
     contrast = declared.get(contrasts.PLACES)
     if contrast is None:
         return ""
-    side = side_of(contrast)
+    rest = [pair for pair in declared if pair[1] != "LoRA" and pair != contrasts.PLACES]
+    said = [contrast_in_short(declared, pair) for pair in rest]
     mattered = "mattered here"
     if contrast.holm >= 0.05:
         mattered = "did not matter here, as far as could be seen"
-    return (
-        f"Which matrix of a size got the rank {mattered}: LoRA with the final ranks of growth by "
-        f"worth is {side} LoRA with the same ranks permuted among matrices of equal size "
-        f"({difference(contrast.gaps)}; {contrast.visible:.4f} would have been clear with a chance "
-        "of 80 %)."
+    said.append(
+        f"which matrix of a size got the rank {mattered}: LoRA with the final ranks of growth by "
+        f"worth is {side_of(contrast)} LoRA with the same ranks permuted among matrices of equal "
+        f"size ({difference(contrast.gaps)}; {contrast.visible:.4f} would have been clear with a "
+        "chance of 80 %)"
     )
+    return f"By the same test {'; '.join(said)}."
+
+
+BETTER = "clearly better than"
 
 
 def side_of(contrast: contrasts.Contrast) -> str:
     if contrast.holm >= 0.05:
         return "not clear of"
-    return "clearly better than" if statistics.mean(contrast.gaps) < 0 else "clearly worse than"
+    return BETTER if statistics.mean(contrast.gaps) < 0 else "clearly worse than"
+
+
+def contrast_in_short(declared: Declared, pair: tuple[str, str]) -> str:
+    one, other = pair
+    return f"{one} is {side_of(declared[pair])} {other} ({difference(declared[pair].gaps)})"
 
 
 def little_in_words(runs: list[dict], tasks: list[str]) -> str:
@@ -249,19 +254,18 @@ def full_in_words(runs: list[dict], tasks: list[str]) -> str:
 
 
 def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
-    """What four times the chosen rate costs LoRA and growth."""
+    """Whether growth bears a higher rate than LoRA does: not tested."""
     said = []
     for task in tasks:
-        costs = []
-        for row in ("LoRA", "importance"):
-            gaps = [*lost(runs, task, row, 4).values()]
-            if gaps:
-                costs.append(f"{row} {difference(gaps)}")
-        if costs:
-            said.append(f"{' and '.join(costs)} on {task}")
+        gaps = lost_minus_lora(runs, task, 4)
+        if gaps:
+            said.append(f"{difference(gaps)} on {task}")
     if not said:
         return ""
-    return f"Four times its learning rate, with four seeds, costs {'; '.join(said)}."
+    return (
+        "At four times its chosen learning rate, with four seeds, growth by the importance loses, "
+        f"minus what LoRA loses at four times its own, {', '.join(said)}."
+    )
 
 
 def minus_lora(
@@ -290,11 +294,27 @@ def shares_minus_lora(runs: list[dict], task: str) -> list[float]:
 
 
 def rows_table() -> str:
-    """Each row of evidence.jsonl: its loss minus LoRA's, other scores, numbers and settings."""
+    """Each row of evidence.jsonl, in a table for each model."""
     runs = cells.read(cells.RESULTS / "evidence.jsonl")
     tasks = contrasts.reported_tasks(runs)
     if not tasks:
         return NONE_YET
+    models = dict.fromkeys(evidence.model_of(task) for task in tasks)
+    own = [[task for task in tasks if evidence.model_of(task) == model] for model in models]
+    return "\n\n".join(rows_of(runs, tasks) for tasks in own)
+
+
+def rows_of(runs: list[dict], tasks: list[str]) -> str:
+    """Each row's loss minus LoRA's, other scores, numbers and settings."""
+    head = [""]
+    shares = [SHARES]
+    for task in tasks:
+        head.append(f"{task}, loss (on validation)")
+        shares.append(minus_lora(runs, task, SHARES))
+        if task in SCORES:
+            head.append(SCORES[task])
+            shares.append("")
+    head += ["learning rate, and alpha or the core's part of the rate", "numbers, at most"]
     lines = []
     for row in evidence.ROWS:
         own = {task: [*contrasts.reported(runs, task, row).values()] for task in tasks}
@@ -307,19 +327,10 @@ def rows_table() -> str:
             if task in SCORES:
                 line.append(minus_lora(runs, task, row, ("test", SCORES[task]), 3))
         chosen = [f"{task} {setting(finished[0])}" for task, finished in own.items() if finished]
-        lines.append([*line, "; ".join(chosen), numbers_of(own)])
-    head = [""]
-    for task in tasks:
-        head.append(f"{task}, loss (on validation)")
-        if task in SCORES:
-            head.append(SCORES[task])
-    head += ["learning rate, and alpha or the core's part of the rate", "numbers, at most"]
-    line = [SHARES]
-    for task in tasks:
-        line.append(minus_lora(runs, task, SHARES))
-        if task in SCORES:
-            line.append("")
-    lines.append([*line, "", ""])
+        most = max(cell["trainable"] for finished in own.values() for cell in finished)
+        lines.append([*line, "; ".join(chosen), f"{most:,}"])
+    if any(shares_minus_lora(runs, task) for task in tasks):
+        lines.append([*shares, "", ""])
     return table(head, lines)
 
 
@@ -332,16 +343,6 @@ def setting(cell: dict) -> str:
     if settings["method"] == "lora":
         return f"{text}, alpha {settings['alpha']:g}"
     return text
-
-
-def numbers_of(own: dict[str, list[dict]]) -> str:
-    """The most numbers that a row trains, of each model."""
-    most = {}
-    for task, runs in own.items():
-        for cell in runs:
-            model = evidence.model_of(task)
-            most[model] = max(cell["trainable"], most.get(model, 0))
-    return ", ".join(f"{number:,}" for number in most.values())
 
 
 def contrasts_table() -> str:
