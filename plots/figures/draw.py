@@ -451,8 +451,8 @@ def draw_rates(runs: list[dict]) -> plt.Figure:
     panels[0, 0].set_ylabel("validation loss, nats")
     figure.legend(handles.values(), handles, ncols=len(handles), loc="outside lower center")
     figure.suptitle(
-        "Mean of two selection seeds. In a title: how far the losses at the first three rates are "
-        "above the lowest, in the mean",
+        "Mean of two selection seeds. In a title: how far the losses at the three rates that "
+        "every row has tried are above the lowest, in the mean",
         fontsize=11,
     )
     return figure

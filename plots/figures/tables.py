@@ -250,6 +250,12 @@ def full_in_words(runs: list[dict], tasks: list[str]) -> str:
     said = [f"{sides[side]} {', '.join(on)}" for side, on in found.items() if on]
     if not said:
         return ""
+    far = [task for task in found[-1] if evidence.model_of(task) == "GPT"]
+    if far:
+        said.append(
+            f"so on {' and '.join(far)} our GPT is not the picture of real use, where LoRA comes "
+            "close, although its bases are pretrained 30 times as long as the main job's"
+        )
     return f"Full fine-tuning, by uncorrected intervals, is {'; '.join(said)}."
 
 
