@@ -160,7 +160,8 @@ def what_was_found() -> str:
     ]
     said += [full_in_words(runs, tasks), rates_in_words(runs, tasks)]
     text = " ".join(filter(None, said))
-    if text and len(tasks) < len(contrasts.TASKS):
+    everything = [minus_lora(runs, task, row) for task in contrasts.TASKS for row in FOUND]
+    if text and "–" in everything:
         text = text.removesuffix(".") + "; more runs are under way."
     return "\n\n".join([table(["", *tasks], lines), text])
 
