@@ -374,6 +374,9 @@ def test_a_setting_is_chosen_by_two_seeds_and_a_grid_whose_end_is_best_goes_on()
     worth = [run | {"row": "worth", "second": core[run["second"]]} for run in found]
     half = evidence.runs_left(worth, "CoLA", "worth, half the rate")
     assert [(run["rate"], run["seed"]) for run in half] == [(1e-3, s) for s in range(12)]
+    again = evidence.runs_left(worth, "CoLA", "worth at half the rate again")
+    assert [(run["rate"], run["seed"]) for run in again] == [(1e-3, s) for s in range(12, 36)]
+    assert not evidence.has_row("prose", "LoRA again")
 
 
 def test_processes_share_runs_and_take_over_what_another_leaves():
@@ -391,7 +394,7 @@ def small_evidence(home, monkeypatch):
     monkeypatch.setattr(evidence, "GPT_TASKS", {"prose": ["--data", "text.txt"]})
     common = ["--steps", "10", "--batch-size", "4", "--eval-interval", "10", "--device", "cpu"]
     monkeypatch.setattr(evidence, "GPT_COMMON", common)
-    monkeypatch.setattr(evidence, "RATES", {"GPT": [1e-5, 1e-2, 3.0], "MiniLM": [1e-5, 1e-2, 3.0]})
+    monkeypatch.setattr(evidence, "first_rates", lambda task: [1e-5, 1e-2, 3.0])
     monkeypatch.setattr(evidence, "second_settings", lambda row: [1.0])
     monkeypatch.setattr(evidence, "SELECTION", {"GPT": [(0, 100)], "MiniLM": [(0, 100)]})
     monkeypatch.setattr(evidence, "REPORTED", {"GPT": [(0, 1)], "MiniLM": [(0, 1)]})
@@ -706,6 +709,20 @@ def test_holm_multiplies_the_smallest_p_by_all_the_next_by_one_less_and_never_fa
     assert intervals.holm({"a": 0.01, "b": 0.02}, tests=5) == pytest.approx({"a": 0.05, "b": 0.08})
 
 
+SETTING = {"rate": 1e-3, "second": 16}
+
+
+def test_reported_runs_are_those_at_the_setting_that_was_chosen_last():
+    found = []
+    for rate in (0.02, 1e-3):
+        for base, seed in evidence.REPORTED["GPT"]:
+            cell = {"task": "modules", "row": "random", "base": base, "seed": seed, **SETTING}
+            found.append(cell | {"rate": rate, "test": {"loss": rate}})
+    cells = contrasts.reported(found, "modules", "random")
+    assert {cell["rate"] for cell in cells.values()} == {1e-3} and len(cells) == 12
+    assert contrasts.reported(found[:-1], "modules", "random") == {}  # one is missing
+
+
 def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypatch):
     found = []
     for task, base in (("CoLA", 0.5), ("SST-2", 0.3)):
@@ -714,8 +731,14 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
             losses = {"LoRA": 0.0, "worth": -0.02 - seed % 2 / 1000, "importance": seed % 3 / 100}
             losses |= {"random": 0.01, "norm": 0.001 * (seed % 4 - 1.5)}
             for row, loss in losses.items():
-                cell = {"task": task, "row": row, "base": 0, "seed": seed, "rate": 1e-3}
-                cell |= {"trainable": 7, "test": {"loss": level + loss}, "loss_of_shares": 0.6}
+                cell = {"task": task, "row": row, "base": 0, "seed": seed}
+                cell |= {
+                    "rate": 1e-3,
+                    "second": 16,
+                    "trainable": 7,
+                    "test": {"loss": level + loss},
+                    "loss_of_shares": 0.6,
+                }
                 cell |= {"val": {"loss": level - loss - 0.1}}
                 cell["settings"] = {"lr": 1e-3, "method": "lora", "alpha": 16}
                 if task == "CoLA":
@@ -744,7 +767,7 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
     lora = "0.5550 ± 0.0361 (0.4550 ± 0.0361) | 0.250 ± 0.000 | 0.3550 ± 0.0361 (0.2550 ± 0.0361)"
     assert f"| LoRA | {lora} | 0.750 ± 0.000 |" in rows
     assert "| worth | -0.0205 ± 0.0003 (+0.0205 ± 0.0003) | +0.125 ± 0.000 |" in rows
-    assert "CoLA 0.001, alpha 16; SST-2 0.001, alpha 16 | 7 |" in rows
+    assert "CoLA 0.001, alpha 16; SST-2 0.001, alpha 16 | CoLA 7; SST-2 7 |" in rows
     assert "| class shares alone | +0.0450 ± 0.0229 |  | +0.2450 ± 0.0229 |" in rows
     lines = tables.contrasts_table().splitlines()
     assert lines[0] == "|  | CoLA and SST-2, tested | CoLA | SST-2 |"
@@ -796,7 +819,7 @@ def evidence_cells(task: str, sign: int, **more) -> list[dict]:
         for base, seed in [*evidence.places_of(task, row), *evidence.SELECTION[model]]:
             loss = 4 + seed / 1e3 - sign * gain + (seed % 3 - 1) / 1e3 * len(row)
             cell = {"task": task, "row": row, "base": base, "seed": seed, "second": 1}
-            cell["rate"] = evidence.RATES[model][1]
+            cell["rate"] = evidence.first_rates(task)[1]
             cell |= {"val": {"loss": loss}, "test": {"loss": loss, "f1": 0.0} | more}
             cell |= {"ranks": ranks_of(model), "trainable": 9}
             if seed >= 100:
@@ -861,8 +884,8 @@ def test_every_figure_is_drawn_and_says_what_its_results_say(drawable, monkeypat
         Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).save(path)
 
     monkeypatch.setattr(draw.plt.Figure, "savefig", note)
-    rates = {"GPT": evidence.RATES["GPT"][1:2], "MiniLM": evidence.RATES["MiniLM"][1:2]}
-    monkeypatch.setattr(evidence, "RATES", rates)  # those of drawable
+    rates = {task: rates[1:2] for task, rates in evidence.RATES.items()}  # those of drawable
+    monkeypatch.setattr(evidence, "RATES", rates)
     for name in draw.FIGURES:
         draw.draw(name, drawable, drawable)
     assert {path.stem for path in drawable.glob("*.png")} == set(draw.FIGURES) == set(titles)
@@ -964,7 +987,8 @@ def test_a_difference_stands_with_its_interval():
 def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     found = []
     gains = {"LoRA": 0, "worth": 2 * gain, "ranks of worth": gain, "ranks of worth, permuted": 0}
-    gains |= {"full fine-tuning": 0.5, "worth, half the rate": 0.1, "importance": 0}
+    gains |= {"full fine-tuning": 0.5, "importance": 0, "LoRA again": 0}
+    gains |= {"worth at half the rate again": 0.1, "LoRA at half the rate again": 0.2}
     gains |= {"LoRA, 4 times the rate": -0.3, "importance, 4 times the rate": -0.5}
     for task, sign in (("CoLA", 1), ("SST-2", -1), ("prose", 1)):
         for row, better in gains.items():
@@ -972,7 +996,7 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
                 loss = 4 - better + (seed % 3 - 1) / 1e3 * len(row)
                 if row == "full fine-tuning":
                     loss = 4 - sign * better
-                cell = {"task": task, "row": row, "base": base, "seed": seed}
+                cell = {"task": task, "row": row, "base": base, "seed": seed, **SETTING}
                 # The class shares alone are as good as LoRA on CoLA, and worse on SST-2.
                 shares = 4 if task == "CoLA" else 5
                 found.append(cell | {"test": {"loss": loss}, "loss_of_shares": shares})
@@ -982,9 +1006,11 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     assert f"equal size ({-gain:+.4f} ± 0.0035; 0.00" in said
     who = "growth by worth" if gain > 0 else "no signal that was tested"
     clear = {0: "not clear of", 0.2: "clearly better than", -0.2: "clearly worse than"}[gain]
-    assert f"{who} beats LoRA at equal numbers: worth is {clear} LoRA ({-2 * gain:+.4f}" in said
+    assert f"At the settings chosen {who} beats LoRA at equal numbers: on CoLA and SST-2" in said
+    assert f"contrasts, worth is {clear} LoRA ({-2 * gain:+.4f}" in said
     assert f"worth is {clear} ranks of worth (" in said
-    assert "at half the learning rate, not tested, minus LoRA at its own: worth -0.1000 ± 0" in said
+    assert "24 new seeds, worth at half the rate is clearly better than LoRA (-0.1000" in said
+    assert "half the rate is clearly worse than LoRA at half the rate (+0.1000" in said
     assert "ahead of LoRA on CoLA, prose; behind LoRA on SST-2; so on prose our GPT is not" in said
     assert "at four times its own, +0.2000 ± 0.0000 on CoLA, +0.2000 ± 0.0000 on SST-2" in said
     assert "On CoLA LoRA's loss is not clear of what the class shares alone give" in said
@@ -998,7 +1024,7 @@ def test_what_higher_rates_lose_is_paired_and_seeds_spread_within_their_base(mon
     found = []
     for base, seed in evidence.REPORTED["GPT"]:
         level = 4 + base + (-1) ** seed / 100
-        cell = {"task": "prose", "row": "LoRA", "base": base, "seed": seed}
+        cell = {"task": "prose", "row": "LoRA", "base": base, "seed": seed, **SETTING}
         cell["settings"] = {"lr": 0.01}
         found.append(cell | {"test": {"loss": level}})
         if seed % 3 == 0:
@@ -1069,7 +1095,7 @@ def test_a_cost_is_lower_if_it_is_in_every_configuration(monkeypatch, steps, ver
 def test_matrices_that_a_permutation_moved_are_counted(monkeypatch):
     found = []
     for seed in range(12):
-        cell = {"task": "CoLA", "base": 0, "seed": seed, "test": {"loss": 1.0}}
+        cell = {"task": "CoLA", "base": 0, "seed": seed, "test": {"loss": 1.0}, **SETTING}
         found.append(cell | {"row": "ranks of worth", "ranks": {"a": 1, "b": 2, "c": 3}})
         permuted = {"a": 2, "b": 1, "c": 3} if seed < 6 else {"a": 1, "b": 2, "c": 3}
         found.append(cell | {"row": "ranks of worth, permuted", "ranks": permuted})

@@ -16,6 +16,11 @@ DECLARED = [
     PLACES,
     ("worth", "ranks of worth"),
 ]
+# Declared later, of new seeds: a family of its own.
+LATER = [
+    ("worth at half the rate again", "LoRA again"),
+    ("worth at half the rate again", "LoRA at half the rate again"),
+]
 GROWTH_ALONE = ("uniform", "core, no growth")  # described, not tested
 
 REAL_TASKS = ["CoLA", "SST-2"]  # together they are the primary result
@@ -30,14 +35,18 @@ class Contrast:
     """A declared contrast: paired differences of the test loss, in nats, and what they say."""
 
     gaps: list[float]
-    holm: float  # p of a paired t test, adjusted for the number of declared contrasts
+    holm: float  # p of a paired t test, adjusted for the number of contrasts declared with it
     visible: float  # the mean that would have been clear, so adjusted, in four of five such samples
 
 
 def reported(found: list[dict], task: str, row: str) -> dict[tuple[int, int], dict]:
-    """{(base, seed): cell} of a row's reported runs, once all of them have run."""
+    """{(base, seed): cell} of a row's reported runs, once all of them have run. Those with another
+    setting than the last one are of an earlier selection."""
     own = [c for c in found if (c["task"], c["row"]) == (task, row) and c["test"] is not None]
-    cells = {(cell["base"], cell["seed"]): cell for cell in own}
+    cells = {}
+    for cell in own:
+        if all(cell[key] == own[-1][key] for key in ("rate", "second")):
+            cells[cell["base"], cell["seed"]] = cell
     return cells if cells.keys() == set(evidence.places_of(task, row)) else {}
 
 
@@ -72,11 +81,13 @@ def differences(
     return list(paired(found, tasks, one, other, what).values())
 
 
-def declared(found: list[dict]) -> dict[tuple[str, str], Contrast]:
-    """The declared contrasts that have run, of the real model's tasks together."""
-    gaps = {pair: differences(found, REAL_TASKS, *pair) for pair in DECLARED}
+def declared(
+    found: list[dict], family: list[tuple[str, str]] = DECLARED
+) -> dict[tuple[str, str], Contrast]:
+    """The contrasts declared together that have run, of the real model's tasks together."""
+    gaps = {pair: differences(found, REAL_TASKS, *pair) for pair in family}
     gaps = {pair: values for pair, values in gaps.items() if values}
-    tests = len(DECLARED)
+    tests = len(family)
     holm = intervals.holm({p: intervals.p_value(values) for p, values in gaps.items()}, tests)
     contrasts = {}
     for pair, values in gaps.items():

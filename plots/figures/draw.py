@@ -469,7 +469,7 @@ def loss_at_rates(runs: list[dict], task: str, row: str) -> dict[float, float]:
 def rise_in_words(runs: list[dict], task: str, row: str) -> str:
     """How far the rates of the first grid are above the best one, once all have run."""
     losses = loss_at_rates(runs, task, row)
-    grid = evidence.RATES[evidence.model_of(task)]
+    grid = evidence.first_rates(task)
     if not losses.keys() >= set(grid):
         return ""
     rise = statistics.mean(losses[rate] for rate in grid) - min(losses.values())
