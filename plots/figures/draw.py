@@ -446,6 +446,7 @@ def draw_rates(runs: list[dict]) -> plt.Figure:
                 look = style(row) | {"linewidth": 1.2}
                 (handles[row],) = axes.plot(losses.keys(), losses.values(), **look)
         name_ticks(axes, sorted(tried), "learning rate")
+        axes.tick_params(axis="x", rotation=45)
         rises = [rise_in_words(runs, task, row) for row in ("LoRA", "importance")]
         axes.set_title(f"{task}: {', '.join(filter(None, rises))}", fontsize=10)
     panels[0, 0].set_ylabel("validation loss, nats")
