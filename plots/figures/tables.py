@@ -157,13 +157,10 @@ def what_was_found() -> str:
         contrasts_in_words(declared, runs),
         places_in_words(declared),
         little_in_words(runs, tasks),
+        full_in_words(runs, tasks),
+        rates_in_words(runs, tasks),
     ]
-    said += [full_in_words(runs, tasks), rates_in_words(runs, tasks)]
-    text = " ".join(filter(None, said))
-    everything = [minus_lora(runs, task, row) for task in contrasts.TASKS for row in FOUND]
-    if text and "–" in everything:
-        text = text.removesuffix(".") + "; more runs are under way."
-    return "\n\n".join([table(["", *tasks], lines), text])
+    return "\n\n".join([table(["", *tasks], lines), " ".join(filter(None, said))])
 
 
 Declared = dict[tuple[str, str], contrasts.Contrast]
