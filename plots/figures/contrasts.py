@@ -20,6 +20,7 @@ DECLARED = [
 LATER = [
     ("worth at half the rate again", "LoRA again"),
     ("worth at half the rate again", "LoRA at half the rate again"),
+    ("worth at half the rate again", "uniform again"),
 ]
 GROWTH_ALONE = ("uniform", "core, no growth")  # described, not tested
 

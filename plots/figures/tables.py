@@ -276,11 +276,12 @@ def minus_lora(
     """A row's test loss, or what else is asked for, minus LoRA's, paired; LoRA's own."""
     if row == SHARES:
         return difference(shares_minus_lora(runs, task))
-    if row == "LoRA":
+    lora = "LoRA again" if row in evidence.AGAIN else "LoRA"  # of the same seeds
+    if row == lora:
         split, score = what
         own = contrasts.reported(runs, task, row).values()
         return mean_and_deviation([cell[split][score] for cell in own], digits)
-    return difference(contrasts.differences(runs, [task], row, "LoRA", what), digits)
+    return difference(contrasts.differences(runs, [task], row, lora, what), digits)
 
 
 def shares_minus_lora(runs: list[dict], task: str) -> list[float]:
@@ -320,7 +321,7 @@ def rows_of(runs: list[dict], tasks: list[str]) -> str:
     lines = []
     for row in evidence.ROWS:
         own = {task: [*contrasts.reported(runs, task, row).values()] for task in tasks}
-        if row in evidence.HIGHER | evidence.AGAIN or not any(own.values()):
+        if row in evidence.HIGHER or not any(own.values()):
             continue
         line = [row]
         for task in tasks:
