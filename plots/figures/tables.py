@@ -561,7 +561,9 @@ def planted_table() -> str:
     growths = list(dict.fromkeys(cell["growth"] for cell in runs))
     head = ["signal"]
     for name in growths:
-        head += [f"{name} growth: share in planted matrices", "rank correlation", "KL left"]
+        seeds = len({cell["seed"] for cell in runs if cell["growth"] == name})
+        head.append(f"{name} growth ({seeds} seeds): share in planted matrices")
+        head += ["rank correlation", "KL left"]
     lines = []
     for signal in planted.RIVALS:
         line = [signal]
