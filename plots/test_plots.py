@@ -731,14 +731,8 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
             losses = {"LoRA": 0.0, "worth": -0.02 - seed % 2 / 1000, "importance": seed % 3 / 100}
             losses |= {"random": 0.01, "norm": 0.001 * (seed % 4 - 1.5)}
             for row, loss in losses.items():
-                cell = {"task": task, "row": row, "base": 0, "seed": seed}
-                cell |= {
-                    "rate": 1e-3,
-                    "second": 16,
-                    "trainable": 7,
-                    "test": {"loss": level + loss},
-                    "loss_of_shares": 0.6,
-                }
+                cell = {"task": task, "row": row, "base": 0, "seed": seed, **SETTING}
+                cell |= {"trainable": 7, "test": {"loss": level + loss}, "loss_of_shares": 0.6}
                 cell |= {"val": {"loss": level - loss - 0.1}}
                 cell["settings"] = {"lr": 1e-3, "method": "lora", "alpha": 16}
                 if task == "CoLA":
