@@ -3,6 +3,7 @@
 Experiments run in a temporary folder, on a base of a few thousand parameters.
 """
 
+import copy
 import io
 import itertools
 import json
@@ -574,6 +575,22 @@ def test_the_planted_ranks_are_found_by_who_knows_them(sweep):
         assert oracle["share"] > 0.7 and uniform["share"] < 0.5
         assert oracle["kl"] < oracle["kl_before"]
         assert uniform["correlations"].keys() == set(saves.WATCHED)
+        assert len(uniform["kl_with_teachers"]) == len(planted.KINDS)
+
+
+def test_a_student_with_all_of_its_teachers_matrices_is_the_teacher(home):
+    base = GPT(GPTConfig(vocab_size=64, context=16, layers=1, heads=2, width=16))
+    teacher = copy.deepcopy(base)
+    for name, module in teacher.named_modules():
+        if name.rpartition(".")[2] in ("q", "fc"):
+            nn.init.normal_(module.weight)
+    config = {"targets": ["q", "fc"], "growth": "default", "steps": 20}
+    student = planted.Student("uniform", base, teacher, {}, config)
+    ids = torch.arange(16)[None]
+    left = planted.divergence(student.model, teacher, ids).item()
+    half = planted.divergence(student.with_teachers(["q"]), teacher, ids).item()
+    whole = planted.divergence(student.with_teachers(["q", "fc"]), teacher, ids).item()
+    assert left > half > 1e-4 and whole < 1e-6
 
 
 def test_signals_look_on_without_a_trace_and_are_compared_with_what_adapters_save(

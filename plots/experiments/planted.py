@@ -10,8 +10,9 @@ budget is just what the changes need. A signal is good if the added rank lands i
 (`share`: by chance 1/3, at best 1) in the right amounts (`correlation`: Spearman's, of final and
 planted ranks). Growth is `gentle`, four matrices at each of 12 allocations from 30 % of the steps
 on, or by train.py's `default`. In the runs of `uniform` all other signals look on, and are compared
-with what each adapter saves, as in saves.py. A finished run is a line of
-plots/results/planted.jsonl.
+with what each adapter saves, as in saves.py; and to see where the rest of the divergence is, its
+students are given the teacher's own matrices, first q and k, then all others. A finished run is a
+line of plots/results/planted.jsonl.
 
 Each change alone moves the output by the same KL divergence; a few in q and k fall short, as none
 gets more than 20 times its matrix's norm. Scaled to one fraction of their norms
@@ -35,12 +36,13 @@ import train
 from model import GPT
 from plots import signals
 from plots.experiments import cells, saves
-from triadapt import RankAllocator, add_adapters
+from triadapt import RankAllocator, add_adapters, merge_adapters
 
 # 8 of 24 matrices, for an exact fit of the budget: 24 x 2 ranks more than the student begins with.
 RANKS = [2, 4, 5, 6, 8, 9, 10, 12]
 TARGET_RANK = 3
 CONTEXT = 64
+KINDS = (["q", "k"], ["v", "o", "fc", "proj"])  # of matrices: what sets the attention, all else
 EFFECT = 0.03  # of a planted change: KL divergence of its output, nats per token
 
 
@@ -183,13 +185,21 @@ class Student:
         self.optimizer.step()
         self.allocator.step(t)
 
+    def with_teachers(self, kinds: list[str]) -> GPT:
+        """The student, merged, with the teacher's own matrices of these kinds."""
+        model = merge_adapters(copy.deepcopy(self.model))
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in kinds:
+                module.load_state_dict(self.teacher.get_submodule(name).state_dict())
+        return model
+
     @torch.no_grad()
-    def validate(self, windows, batches: int) -> float:
-        """Mean divergence over so many batches."""
+    def validate(self, model: GPT, windows, batches: int) -> float:
+        """Mean divergence of a model, this student or a changed one, over so many batches."""
         values = []
         for part in torch.arange(len(windows)).split(self.config["batch_size"])[:batches]:
             inputs, _ = data.batch(windows, part)
-            values.append(divergence(self.model, self.teacher, inputs).item())
+            values.append(divergence(model, self.teacher, inputs).item())
         return statistics.mean(values)
 
 
@@ -200,8 +210,8 @@ def measure(signal: str, seed: int, base: GPT, examples: dict, config: dict) -> 
     teacher, planted = plant(base, config["targets"], sample, seed, config["effect"])
     torch.manual_seed(seed)
     student = Student(signal, base, teacher, planted, config)
-    student.allocator.loss = lambda: student.validate(examples["val"], batches=4)
-    before = student.validate(examples["val"], batches=32)
+    student.allocator.loss = lambda: student.validate(student.model, examples["val"], batches=4)
+    before = student.validate(student.model, examples["val"], batches=32)
     for step in range(1, config["steps"] + 1):
         student.step(step, draw(examples, seed, step, size))
 
@@ -215,13 +225,18 @@ def measure(signal: str, seed: int, base: GPT, examples: dict, config: dict) -> 
         "share": right / (sum(ranks.values()) - len(ranks)),
         "correlation": saves.spearman(*both),
         "kl_before": before,
-        "kl": student.validate(examples["val"], batches=32),
+        "kl": student.validate(student.model, examples["val"], batches=32),
         "ranks": ranks,
         "planted": planted,
         "config": config,
     }
     if signal == "uniform":
         cell |= student.allocator.compare()
+        cell["kl_with_teachers"] = {}
+        for kinds in KINDS:
+            helped = student.with_teachers(kinds)
+            left = student.validate(helped, examples["val"], batches=32)
+            cell["kl_with_teachers"][" ".join(kinds)] = left
     return cell
 
 

@@ -557,39 +557,63 @@ def final_ranks(runs: list[dict]) -> str:
 
 def planted_table() -> str:
     """planted.jsonl: where the rank went, and the divergence that was left, for each growth."""
-    runs = cells.read(cells.RESULTS / "planted.jsonl")
-    growths = list(dict.fromkeys(cell["growth"] for cell in runs))
+    growths = planted_growths()
     head = ["signal"]
-    for name in growths:
-        seeds = len({cell["seed"] for cell in runs if cell["growth"] == name})
+    for name, own in growths.items():
+        seeds = len({cell["seed"] for cell in own})
         head.append(f"{name} growth ({seeds} seeds): share in planted matrices")
-        head += ["rank correlation", "KL left"]
+        head += ["rank correlation", "met in q and k", "KL left"]
     lines = []
     for signal in planted.RIVALS:
         line = [signal]
-        for name in growths:
-            line += planted_columns([cell for cell in runs if cell["growth"] == name], signal)
+        for own in growths.values():
+            line += planted_columns(own, signal)
         lines.append(line)
-    said = []
-    for name in growths:
-        gaps = planted_gaps([cell for cell in runs if cell["growth"] == name], "oracle")
-        if gaps:
-            said.append(f"{difference(gaps, digits=1)} %{side_word(gaps)} with {name} growth")
-    oracle = (
-        "What there is to gain: the oracle, which knows the planted ranks, against uniform growth"
+
+    attention, rest = map(" ".join, planted.KINDS)
+    to_gain, in_attention, elsewhere = [], [], []
+    for name, own in growths.items():
+        to_gain.append(gap_in_words(planted_gaps(own, "oracle"), name))
+        in_attention.append(gap_in_words(taken_gaps(own, attention), name))
+        elsewhere.append(gap_in_words(taken_gaps(own, rest), name))
+    said = (
+        "Against uniform growth the oracle, which knows the planted ranks, has left "
+        f"{', '.join(to_gain)}; the uniformly grown student that takes over its teacher's q and k "
+        f"{', '.join(in_attention)}; the one that takes over all else {', '.join(elsewhere)}."
     )
-    return f"{table(head, lines)}\n\n{oracle}: {', '.join(said) or 'not run yet'}."
+    return f"{table(head, lines)}\n\n{said}"
+
+
+def planted_growths() -> dict[str, list[dict]]:
+    """The runs of each growth."""
+    growths = {}
+    for cell in cells.read(cells.RESULTS / "planted.jsonl"):
+        growths.setdefault(cell["growth"], []).append(cell)
+    return growths
+
+
+def gap_in_words(gaps: list[float], growth: str) -> str:
+    return f"{difference(gaps, digits=1)} %{side_word(gaps)} with {growth} growth"
 
 
 def planted_columns(runs: list[dict], signal: str) -> list[str]:
-    """Share, correlation (equal ranks have none) and KL against uniform's, of one growth."""
+    """Share, correlation (equal ranks have none), what is met, and KL, of one growth."""
     own = [cell for cell in runs if cell["signal"] == signal]
     share = mean_and_interval([cell["share"] for cell in own])
+    met = mean_and_interval([met_in_attention(cell) for cell in own])
     if signal == "uniform":
-        return [share, "–", "–"]
+        return [share, "–", met, "–"]
     correlation = mean_and_interval([cell["correlation"] for cell in own])
-    gaps = planted_gaps(runs, signal)
-    return [share, correlation, f"{difference(gaps, digits=1)} %" if gaps else "–"]
+    return [share, correlation, met, f"{difference(planted_gaps(runs, signal), digits=1)} %"]
+
+
+def met_in_attention(cell: dict) -> float:
+    """Of the ranks planted in a matrix, the part that it got: mean over planted q and k."""
+    met = []
+    for name, wanted in cell["planted"].items():
+        if wanted > 0 and name.rpartition(".")[2] in planted.KINDS[0]:
+            met.append(min(1, cell["ranks"][name] / wanted))
+    return statistics.mean(met)
 
 
 def planted_gaps(runs: list[dict], signal: str) -> list[float]:
@@ -597,6 +621,12 @@ def planted_gaps(runs: list[dict], signal: str) -> list[float]:
     uniform = {cell["seed"]: cell["kl"] for cell in runs if cell["signal"] == "uniform"}
     own = [cell for cell in runs if cell["signal"] == signal and cell["seed"] in uniform]
     return [100 * (cell["kl"] / uniform[cell["seed"]] - 1) for cell in own]
+
+
+def taken_gaps(runs: list[dict], kinds: str) -> list[float]:
+    """The same of the uniformly grown student with its teacher's matrices of these kinds."""
+    uniform = [cell for cell in runs if cell["signal"] == "uniform"]
+    return [100 * (cell["kl_with_teachers"][kinds] / cell["kl"] - 1) for cell in uniform]
 
 
 # plots/BENCH.md.
@@ -740,14 +770,12 @@ def claim_finds() -> Claim:
         gaps = contrasts.differences(runs, [task], "importance", "random")
         if gaps:
             said.append(f"{task} {difference(gaps)}, not tested")
-    shares = {}
-    for cell in cells.read(cells.RESULTS / "planted.jsonl"):
-        if cell["signal"] == "importance":
-            shares.setdefault(cell["growth"], []).append(cell["share"])
-    for name, own in shares.items():
-        what = "share of the added rank in planted matrices"
+    for name, own in planted_growths().items():
+        share = mean_and_interval([c["share"] for c in own if c["signal"] == "importance"])
+        gaps = planted_gaps(own, "importance")
         said.append(
-            f"{what} {mean_and_interval(own)} with {name} growth, by chance .33, not tested"
+            f"with {name} growth {share} of the added rank in planted matrices, by chance .33, and "
+            f"{difference(gaps, digits=1)} % KL left against uniform growth's, not tested"
         )
     what = "loss minus that of growth at random; where the rank goes if the need is planted"
     return "the importance finds where rank is needed", what, said, verdict
