@@ -578,7 +578,7 @@ def test_the_planted_ranks_are_found_by_who_knows_them(sweep):
         assert len(uniform["kl_with_teachers"]) == len(planted.KINDS)
 
 
-def test_a_student_with_all_of_its_teachers_matrices_is_the_teacher(home):
+def test_a_student_with_all_of_its_teachers_matrices_is_the_teacher():
     base = GPT(GPTConfig(vocab_size=64, context=16, layers=1, heads=2, width=16))
     teacher = copy.deepcopy(base)
     for name, module in teacher.named_modules():
