@@ -155,13 +155,13 @@ def what_was_found() -> str:
             lines.append([row, *shown])
     declared = contrasts.declared(runs)
     said = [
-        contrasts_in_words(declared, runs),
+        f"{contrasts_in_words(declared, runs)} {half_in_words(runs)}".strip(),
         places_in_words(declared),
-        little_in_words(runs, tasks),
         sides_in_words(runs, tasks),
         rates_in_words(runs, tasks),
     ]
-    return "\n\n".join([table(["", *tasks], lines), " ".join(filter(None, said))])
+    points = "\n".join(f"- {point}" for point in said if point)
+    return f"{table(['', *tasks], lines)}\n\n{points}"
 
 
 Declared = dict[tuple[str, str], contrasts.Contrast]
@@ -180,18 +180,22 @@ def contrasts_in_words(declared: Declared, runs: list[dict]) -> str:
     who = f"growth by {' or '.join(winners)}" if winners else "neither signal that was tested"
     return (
         f"At the settings chosen {who} beats LoRA at equal numbers: on CoLA and SST-2 together, "
-        f"with Holm's correction over the five declared contrasts, {', '.join(said)}"
-        f"{half_in_words(runs)}."
+        f"with Holm's correction over the five declared contrasts, {', '.join(said)}."
     )
 
 
 def half_in_words(runs: list[dict]) -> str:
     """Whether growth by worth beats LoRA at half its rate, which was asked later."""
-    later = contrasts.declared(runs, contrasts.LATER)
-    if not later:
+    said = []
+    for (_, other), contrast in contrasts.declared(runs, contrasts.LATER).items():
+        gaps = difference(contrast.gaps)
+        said.append(f"{side_of(contrast)} {other.removesuffix(' again')} ({gaps})")
+    if not said:
         return ""
-    said = [contrast_in_short(later, pair).replace(" again", "") for pair in later]
-    return f"; asked later, of {len(evidence.NEW_SEEDS)} new seeds, {', '.join(said)}"
+    return (
+        f"Asked later, of {len(evidence.NEW_SEEDS)} new seeds, with a correction over "
+        f"{len(contrasts.LATER)} contrasts, growth by worth at half its rate is {', '.join(said)}."
+    )
 
 
 def places_in_words(declared: Declared) -> str:
@@ -210,7 +214,7 @@ def places_in_words(declared: Declared) -> str:
         f"size ({difference(contrast.gaps)}; {contrast.visible:.4f} would have been clear with a "
         "chance of 80 %)"
     )
-    return f"By the same test {'; '.join(said)}."
+    return f"Of the other declared contrasts: {'; '.join(said)}."
 
 
 BETTER = "clearly better than"
@@ -225,18 +229,6 @@ def side_of(contrast: contrasts.Contrast) -> str:
 def contrast_in_short(declared: Declared, pair: tuple[str, str]) -> str:
     one, other = pair
     return f"{one} is {side_of(declared[pair])} {other} ({difference(declared[pair].gaps)})"
-
-
-def little_in_words(runs: list[dict], tasks: list[str]) -> str:
-    """The tasks on which LoRA has learnt too little for rows to differ by much."""
-    shares = {task: shares_minus_lora(runs, task) for task in tasks}
-    little = [task for task, gaps in shares.items() if gaps and intervals.clear_side(gaps) < 1]
-    if not little:
-        return ""
-    return (
-        f"On {' and '.join(little)} LoRA's loss is not clear of what the class shares alone give, "
-        "so that differences there may tell of confidence more than of learning."
-    )
 
 
 def sides_in_words(runs: list[dict], tasks: list[str]) -> str:
