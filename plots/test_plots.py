@@ -1003,7 +1003,7 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     gains |= {"uniform again": 0.1}
     gains |= {"LoRA, 4 times the rate": -0.3, "importance, 4 times the rate": -0.5}
     gains |= {"importance, 2 times the rate": 0.1}
-    for task, sign in (("CoLA", 1), ("SST-2", -1), ("prose", 1)):
+    for task, sign in (("CoLA", 1), ("SST-2", -1), ("prose", 1), ("modules", -1)):
         for row, better in gains.items():
             for base, seed in evidence.places_of(task, row):
                 loss = 4 - better + (seed % 3 - 1) / 1e3 * len(row)
