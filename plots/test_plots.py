@@ -378,6 +378,9 @@ def test_a_setting_is_chosen_by_two_seeds_and_a_grid_whose_end_is_best_goes_on()
     again = evidence.runs_left(worth, "CoLA", "worth at half the rate again")
     assert [(run["rate"], run["seed"]) for run in again] == [(1e-3, s) for s in range(12, 28)]
     assert not evidence.has_row("prose", "LoRA again")
+    for row, other in evidence.IN_PLACE.items():
+        assert evidence.runs_left(worth, "CoLA", row) == [run | {"row": row} for run in again]
+        assert evidence.ROWS[row] == evidence.ROWS[other]
 
 
 def test_processes_share_runs_and_take_over_what_another_leaves():
@@ -781,7 +784,7 @@ def test_the_declared_contrasts_are_paired_pooled_and_corrected_by_holm(monkeypa
     assert "CoLA 0.001, alpha 16; SST-2 0.001, alpha 16 | CoLA 7; SST-2 7 |" in rows
     assert "| class shares alone | +0.0450 ± 0.0229 |  | +0.2450 ± 0.0229 |" in rows
     lines = tables.contrasts_table().splitlines()
-    assert lines[0] == "|  | CoLA and SST-2, tested | CoLA | SST-2 |"
+    assert lines[0] == "|  | CoLA and SST-2 | CoLA | SST-2 |"
     assert lines[3].startswith(f"| worth minus LoRA | {clear} | -0.0205 ± 0.0003 | -0.0205")
 
 
@@ -1000,7 +1003,7 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     gains = {"LoRA": 0, "worth": 2 * gain, "ranks of worth": gain, "ranks of worth, permuted": 0}
     gains |= {"full fine-tuning": 0.5, "importance": 0, "LoRA again": 0}
     gains |= {"worth at half the rate again": 0.1, "LoRA at half the rate again": 0.2}
-    gains |= {"uniform again": 0.1}
+    gains |= {"uniform again": 0.1, "random in worth's place again": 0}
     gains |= {"LoRA, 4 times the rate": -0.3, "importance, 4 times the rate": -0.5}
     gains |= {"importance, 2 times the rate": 0.1}
     for task, sign in (("CoLA", 1), ("SST-2", -1), ("prose", 1), ("modules", -1)):
@@ -1010,7 +1013,10 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
                 if row in ("full fine-tuning", "importance, 2 times the rate"):
                     loss = 4 - sign * better
                 cell = {"task": task, "row": row, "base": base, "seed": seed, **SETTING}
-                found.append(cell | {"test": {"loss": loss}, "loss_of_shares": 5})
+                cell["ranks"] = {}
+                scores = {"loss": loss, "matthews": better, "accuracy": better / 2}
+                losses = {"val": {"loss": loss - better}, "test": scores}
+                found.append(cell | losses | {"loss_of_shares": 5})
     monkeypatch.setattr(cells, "read", lambda path: found)
     table, said = tables.what_was_found().split("\n\n")
     assert verdict in said
@@ -1020,10 +1026,14 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     assert f"At the settings chosen {who} beats LoRA at equal numbers: on CoLA and SST-2" in said
     assert f"contrasts, worth is {clear} LoRA ({-2 * gain:+.4f}" in said
     assert f"worth is {clear} ranks of worth (" in said
-    assert "16 new seeds, with a correction over 3 contrasts, growth by worth at half its" in said
+    assert "16 new seeds and the same texts, with a correction over 3 contrasts, growth by" in said
     assert "its rate is clearly better than LoRA (-0.1011" in said
     assert ", clearly worse than LoRA at half the rate (+0.0999" in said
     assert ", not clear of uniform (" in said
+    assert "validation loss -0.2011 ±" in said
+    assert "matthews on CoLA +0.100 ± 0.000, accuracy on SST-2 +0.050 ± 0.000." in said
+    together = "random in worth's place again | -0.0999 ± 0.0003 (not tested) | -0.0999 ± 0.0005 |"
+    assert together in tables.contrasts_table()
     again = tables.minus_lora(found, "CoLA", "worth at half the rate again")
     assert again.startswith("-0.1011")  # against the LoRA of the same seeds
     assert "the importance, not tested against it, is at +0.0000 ±" in said

@@ -22,7 +22,9 @@ LATER = [
     ("worth at half the rate again", "LoRA at half the rate again"),
     ("worth at half the rate again", "uniform again"),
 ]
-GROWTH_ALONE = ("uniform", "core, no growth")  # described, not tested
+# Described, not tested.
+DESCRIBED = [("worth at half the rate again", row) for row in evidence.IN_PLACE]
+DESCRIBED.append(("uniform", "core, no growth"))
 
 REAL_TASKS = ["CoLA", "SST-2"]  # together they are the primary result
 TASKS = [*REAL_TASKS, *evidence.GPT_TASKS]

@@ -29,7 +29,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from model import GPT, GPTConfig
-from plots.experiments import adalora, cells, evidence
+from plots.experiments import cells, evidence
 from plots.experiments.bench import CENTRE
 from plots.figures import contrasts, tables
 from plots.figures.intervals import interval
@@ -381,19 +381,18 @@ def draw_scores(axes, grown: list[dict]) -> None:
 # --------------------------------------------------------------------------- the comparison
 
 
-DESCRIBED = [contrasts.GROWTH_ALONE]
-for row in ("importance", "random", "uniform", "norm-change", "core, no growth", adalora.ROW):
-    DESCRIBED.append((row, "LoRA"))
+TESTED = [*contrasts.DECLARED, *contrasts.LATER]
+DESCRIBED = [*contrasts.DESCRIBED, ("importance", "LoRA")]
 
 
 def draw_compare(runs: list[dict]) -> plt.Figure:
     """The tested contrasts, of the real model's tasks together; and each task with other rows."""
     tasks = tasks_of(runs)
-    tested = contrasts.declared(runs)
+    tested = contrasts.declared(runs) | contrasts.declared(runs, contrasts.LATER)
     panels = [[task] for task in tasks]
     if tested:
         panels.insert(0, contrasts.REAL_TASKS)
-    pairs = [*contrasts.DECLARED, *DESCRIBED]
+    pairs = [*TESTED, *DESCRIBED]
     pairs = [p for p in pairs if any(contrasts.differences(runs, [t], *p) for t in tasks)][::-1]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -424,8 +423,9 @@ def draw_compare(runs: list[dict]) -> plt.Figure:
         clear = [statistics.mean(c.gaps) for c in tested.values() if c.holm < 0.05]
         better = sum(mean < 0 for mean in clear)
         title += (
-            ". Tested are, in the first panel, those above the line:\nafter Holm's correction "
-            f"{better} of {len(tested)} are clearly better, {len(clear) - better} clearly worse"
+            ". Tested are, in the first panel, those above the line\n(those 'again' later, of new "
+            f"seeds): after Holm's correction {better} of {len(tested)} are clearly better, "
+            f"{len(clear) - better} clearly worse"
         )
     figure.suptitle(title, fontsize=11)
     return figure
