@@ -991,8 +991,8 @@ def test_a_difference_stands_with_its_interval():
     [
         (
             0,
-            "did not matter here, as far as could be seen: LoRA with the final ranks of growth by "
-            "worth is not clear of",
+            "was not seen to matter here: LoRA with the final ranks of growth by worth is not "
+            "clear of",
         ),
         (0.2, "mattered here: LoRA with the final ranks of growth by worth is clearly better than"),
         (-0.2, "mattered here: LoRA with the final ranks of growth by worth is clearly worse than"),
@@ -1004,6 +1004,7 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     gains |= {"full fine-tuning": 0.5, "importance": 0, "LoRA again": 0}
     gains |= {"worth at half the rate again": 0.1, "LoRA at half the rate again": 0.2}
     gains |= {"uniform again": 0.1, "random in worth's place again": 0}
+    gains |= {"worth, half the rate": -0.3}
     gains |= {"LoRA, 4 times the rate": -0.3, "importance, 4 times the rate": -0.5}
     gains |= {"importance, 2 times the rate": 0.1}
     for task, sign in (("CoLA", 1), ("SST-2", -1), ("prose", 1), ("modules", -1)):
@@ -1026,25 +1027,29 @@ def test_readmes_sentences_say_what_the_runs_say(monkeypatch, gain, verdict):
     assert f"At the settings chosen {who} beats LoRA at equal numbers: on CoLA and SST-2" in said
     assert f"contrasts, worth is {clear} LoRA ({-2 * gain:+.4f}" in said
     assert f"worth is {clear} ranks of worth (" in said
-    assert "16 new seeds and the same texts, with a correction over 3 contrasts, growth by" in said
-    assert "its rate is clearly better than LoRA (-0.1011" in said
+    assert "16 new seeds on the same texts: with a correction over 3 contrasts it is" in said
+    assert "it is clearly better than LoRA (-0.1011" in said
     assert ", clearly worse than LoRA at half the rate (+0.0999" in said
     assert ", not clear of uniform (" in said
-    assert "validation loss -0.2011 ±" in said
-    assert "matthews on CoLA +0.100 ± 0.000, accuracy on SST-2 +0.050 ± 0.000." in said
+    assert "its validation loss is at -0.2011 ±" in said
+    assert "matthews on CoLA at +0.100 ± 0.000, its accuracy on SST-2 at +0.050 ± 0.000," in said
+    assert "its loss on prose, of 12 seeds, at +0.3000 ±" in said
     together = "random in worth's place again | -0.0999 ± 0.0003 (not tested) | -0.0999 ± 0.0005 |"
     assert together in tables.contrasts_table()
     again = tables.minus_lora(found, "CoLA", "worth at half the rate again")
     assert again.startswith("-0.1011")  # against the LoRA of the same seeds
-    assert "the importance, not tested against it, is at +0.0000 ±" in said
-    with_worth = {0: "", 0.2: ", worth", -0.2: ""}[gain]
+    assert "the importance, not tested against LoRA, is at +0.0000 ±" in said
+    with_worth = {0: "", 0.2: ", worth, ranks of worth", -0.2: ""}[gain]
     there = "(so there our GPT is not the picture of real use"
-    assert f"ahead of LoRA are on CoLA full fine-tuning{with_worth}; on" in said
+    assert (
+        f"intervals (20 comparisons) ahead of LoRA are on CoLA full fine-tuning{with_worth}; on"
+        in said
+    )
     assert f"on prose full fine-tuning{with_worth} {there}" in said and said.count(there) == 1
-    with_worth = {0: "", 0.2: "", -0.2: ", worth"}[gain]
+    with_worth = {0: "", 0.2: "", -0.2: ", worth, ranks of worth"}[gain]
     assert f"on SST-2 full fine-tuning{with_worth}" in said.partition("behind it")[2]
-    low = "(where its rate was perhaps too low: it gains at twice that)"
-    assert f"its own, +0.2000 ± 0.0000 on CoLA {low}, +0.2000 ± 0.0000 on SST-2, " in said
+    low = "; its rate was perhaps too low: at twice that its mean loss is lower)"
+    assert f"its own, more on CoLA (+0.2000 ± 0.0000{low}, on SST-2 (+0.2000 ± 0.0000), " in said
     assert "| class shares alone | +1.0000 ± 0.0022 | +1.0000 ± 0.0022 |" in table
     assert len(re.findall(r"\.(?=\s|$)", said)) == 5
     assert len(table.splitlines()) == 2 + 7

@@ -58,7 +58,8 @@ Written later, when the declared results of MiniLM were known:
   LoRA, minus LoRA at half its rate, and minus uniform growth, with Holm's correction over these
   three. If the first two are clear, growth by worth beats LoRA at either rate; if only the first
   is, it may be the rate; if the third is not, it may be growth and not who grows. The settings are
-  those chosen before, and the texts the old ones, so that the answer is of them alone.
+  those chosen before, and the texts the old ones, so that the answer is of them alone. (First
+  planned with 24 seeds and two of the three, and changed before any of these ran.)
 - Asked again, it was ahead of all three. But on SST-2 uniform growth has another core's rate than
   worth. So growth at random and by the importance run in worth's place, with its setting and seeds:
   described, not tested. If worth is not ahead of random there, it may be growth and not who grows.

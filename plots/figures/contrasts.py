@@ -22,9 +22,9 @@ LATER = [
     ("worth at half the rate again", "LoRA at half the rate again"),
     ("worth at half the rate again", "uniform again"),
 ]
-# Described, not tested.
+# Described, not tested: is it worth's doing, and does growth itself pay?
 DESCRIBED = [("worth at half the rate again", row) for row in evidence.IN_PLACE]
-DESCRIBED.append(("uniform", "core, no growth"))
+DESCRIBED += [("uniform", "core, no growth"), ("worth, half the rate", "ranks of worth")]
 
 REAL_TASKS = ["CoLA", "SST-2"]  # together they are the primary result
 TASKS = [*REAL_TASKS, *evidence.GPT_TASKS]

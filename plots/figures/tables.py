@@ -173,7 +173,9 @@ def contrasts_in_words(declared: Declared, runs: list[dict]) -> str:
     said = [contrast_in_short(declared, pair) for pair in against]
     importance = contrasts.differences(runs, contrasts.REAL_TASKS, "importance", "LoRA")
     if importance:
-        said.append(f"the importance, not tested against it, is at {difference(importance)}")
+        said.append(
+            f"the importance, not tested against LoRA, is at {difference(importance)} from it"
+        )
     winners = [one for one, other in against if side_of(declared[one, other]) == BETTER]
     if not said:
         return ""
@@ -193,18 +195,23 @@ def half_in_words(runs: list[dict]) -> str:
     for (_, other), contrast in later.items():
         gaps = difference(contrast.gaps)
         said.append(f"{side_of(contrast)} {other.removesuffix(' again')} ({gaps})")
-    on_validation = contrasts.differences(
-        runs, contrasts.REAL_TASKS, *contrasts.LATER[0], ("val", "loss")
-    )
-    beside = [f"the validation loss {difference(on_validation)}"]
+    worth, lora = contrasts.LATER[0]
+
+    validation = contrasts.differences(runs, contrasts.REAL_TASKS, worth, lora, ("val", "loss"))
+    beside = [f"its validation loss is at {difference(validation)}"]
     for task in contrasts.REAL_TASKS:
-        score = ("test", SCORES[task])
-        gaps = contrasts.differences(runs, [task], *contrasts.LATER[0], score)
-        beside.append(f"{SCORES[task]} on {task} {difference(gaps, 3)}")
+        score = SCORES[task]
+        gaps = contrasts.differences(runs, [task], worth, lora, ("test", score))
+        beside.append(f"its {score} on {task} at {difference(gaps, digits=3)}")
+    for task in evidence.GPT_TASKS:
+        gaps = contrasts.differences(runs, [task], "worth, half the rate", "LoRA")
+        if gaps:
+            beside.append(f"its loss on {task}, of {len(gaps)} seeds, at {difference(gaps)}")
     return (
-        f"Asked later, of {len(evidence.NEW_SEEDS)} new seeds and the same texts, with a "
-        f"correction over {len(later)} contrasts, growth by worth at half its rate is "
-        f"{', '.join(said)}; minus LoRA's, not tested, {', '.join(beside)}."
+        "Growth by worth at half its rate, which is LoRA's, had been ahead in these runs, so that "
+        f"was asked again of {len(evidence.NEW_SEEDS)} new seeds on the same texts: with a "
+        f"correction over {len(later)} contrasts it is {', '.join(said)}; beside LoRA, not "
+        f"tested, {', '.join(beside)}."
     )
 
 
@@ -217,7 +224,7 @@ def places_in_words(declared: Declared) -> str:
     said = [contrast_in_short(declared, pair) for pair in rest]
     mattered = "mattered here"
     if contrast.holm >= 0.05:
-        mattered = "did not matter here, as far as could be seen"
+        mattered = "was not seen to matter here"
     said.append(
         f"which matrix of a size got the rank {mattered}: LoRA with the final ranks of growth by "
         f"worth is {side_of(contrast)} LoRA with the same ranks permuted among matrices of equal "
@@ -244,7 +251,8 @@ def contrast_in_short(declared: Declared, pair: tuple[str, str]) -> str:
 def sides_in_words(runs: list[dict], tasks: list[str]) -> str:
     """Which rows are ahead of LoRA and which behind, on which tasks: not tested."""
     full = "full fine-tuning"
-    rows = [full, *(row for row in evidence.ROWS if row in SIGNALS)]
+    rows = [full, *(row for row in evidence.ROWS if row in SIGNALS), *contrasts.PLACES]
+    compared = 0
     found = {-1: [], 0: [], 1: []}
     for task in tasks:
         sides = {-1: [], 0: [], 1: []}
@@ -252,6 +260,7 @@ def sides_in_words(runs: list[dict], tasks: list[str]) -> str:
             gaps = contrasts.differences(runs, [task], row, "LoRA")
             if gaps:
                 sides[intervals.clear_side(gaps)].append(row)
+                compared += 1
         for side, there in sides.items():
             text = f"on {task} {', '.join(there)}"
             if side == -1 and full in there and evidence.model_of(task) == "GPT":
@@ -266,26 +275,29 @@ def sides_in_words(runs: list[dict], tasks: list[str]) -> str:
         said.append(f"ahead of LoRA are {'; '.join(found[-1])}")
     if found[1]:
         said.append(f"behind it {'; '.join(found[1])}")
-    return f"By uncorrected intervals {'; '.join(said)}." if said else ""
+    return f"By uncorrected intervals ({compared} comparisons) {'; '.join(said)}." if said else ""
 
 
 def rates_in_words(runs: list[dict], tasks: list[str]) -> str:
     """Whether growth bears a higher rate than LoRA does: not tested."""
-    said = []
+    words = {-1: "less", 1: "more", 0: "not clearly more or less"}
+    found = {side: [] for side in words}
     for task in tasks:
         gaps = lost_minus_lora(runs, task, 4)
         if not gaps:
             continue
-        text = f"{difference(gaps)} on {task}"
+        text = f"on {task} ({difference(gaps)}"
         twice = lost(runs, task, "importance", 2).values()
         if twice and statistics.mean(twice) < 0:
-            text += " (where its rate was perhaps too low: it gains at twice that)"
-        said.append(text)
+            text += "; its rate was perhaps too low: at twice that its mean loss is lower"
+        found[intervals.clear_side(gaps)].append(f"{text})")
+    said = [f"{words[side]} {', '.join(there)}" for side, there in found.items() if there]
     if not said:
         return ""
     return (
-        "At four times its chosen learning rate, with four seeds, growth by the importance loses, "
-        f"minus what LoRA loses at four times its own, {', '.join(said)}."
+        "At four times its chosen learning rate, with four seeds and by uncorrected intervals, "
+        "growth by the importance loses, compared with what LoRA loses at four times its own, "
+        f"{'; '.join(said)}."
     )
 
 
