@@ -23,8 +23,10 @@ LATER = [
     ("worth at half the rate again", "uniform again"),
 ]
 # Described, not tested: is it worth's doing, and does growth itself pay?
-DESCRIBED = [("worth at half the rate again", row) for row in evidence.IN_PLACE]
-DESCRIBED += [("uniform", "core, no growth"), ("worth, half the rate", "ranks of worth")]
+IN_PLACE = [("worth at half the rate again", row) for row in evidence.IN_PLACE]
+GROWTH_ALONE = ("uniform", "core, no growth")
+GROWTH_AT_HALF = ("worth, half the rate", "ranks of worth")
+DESCRIBED = [*IN_PLACE, GROWTH_ALONE, GROWTH_AT_HALF]
 
 REAL_TASKS = ["CoLA", "SST-2"]  # together they are the primary result
 TASKS = [*REAL_TASKS, *evidence.GPT_TASKS]

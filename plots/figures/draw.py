@@ -382,7 +382,7 @@ def draw_scores(axes, grown: list[dict]) -> None:
 
 
 TESTED = [*contrasts.DECLARED, *contrasts.LATER]
-DESCRIBED = [*contrasts.DESCRIBED[:-1], ("importance", "LoRA")]  # no more than 12 lines in all
+DESCRIBED = [*contrasts.IN_PLACE, contrasts.GROWTH_ALONE, ("importance", "LoRA")]
 
 
 def draw_compare(runs: list[dict]) -> plt.Figure:
