@@ -1,14 +1,12 @@
-"""GPT-2, small or as published: the model to adapt. It knows nothing of adapters.
+"""A small GPT-2, the model to adapt. It knows nothing of adapters.
 
-It is GPT-2 to the last constant, but for dropout: learned positions, layer norm before each
-sub-layer, tanh GELU, a head tied to the token embedding. q, k and v are three Linears instead of
-one c_attn, so that each of a block's six matrices can be adapted, grown and named:
+It has GPT-2's architecture without dropout: learned positions, layer norm before each sublayer,
+tanh GELU, and a head that is tied to the token embedding. q, k and v are three nn.Linear instead
+of one c_attn, so that each of a block's six matrices can be adapted, can grow, and has a name:
 blocks.0.q, .k, .v, .o, .fc and .proj.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +14,13 @@ from torch import Tensor, nn
 
 @dataclass
 class GPTConfig:
-    """Sizes. The defaults suit 90 s of pretraining on two CPU cores: a wider model sees less text
-    in that time and ends worse."""
+    """Sizes. The defaults are those of base.pt: about one million parameters."""
 
     vocab_size: int = 2048
     context: int = 128  # the longest input, in tokens
     layers: int = 4
     heads: int = 4
     width: int = 128  # of the residual stream
-    classes: int = 0  # 0: a language model; else a classifier, with a head of its own
 
 
 class Block(nn.Module):
@@ -49,6 +45,7 @@ class Block(nn.Module):
         return x + self.proj(h)
 
     def attention(self, x: Tensor) -> Tensor:
+        """Causal self-attention: (batch, time, width) -> (batch, time, width)."""
         q = self.split_heads(self.q(x))
         k = self.split_heads(self.k(x))
         v = self.split_heads(self.v(x))
@@ -66,183 +63,43 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.width)
-        self.wpe = nn.Embedding(config.context, config.width)
+        self.wte = nn.Embedding(config.vocab_size, config.width)  # tokens
+        self.wpe = nn.Embedding(config.context, config.width)  # positions
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln = nn.LayerNorm(config.width)
-        self.classify(config.classes)
+        self.head = None  # a task may put a module here: (..., width) -> (..., outputs)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.endswith(("o.weight", "proj.weight")):
-                # GPT-2 starts the matrices that write to the residual stream smaller, as the
-                # terms of 2 x layers of them add up there.
+                # These add to the residual stream, 2 x layers times, so GPT-2 starts them smaller.
                 nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def classify(self, classes: int) -> None:
-        """Become a classifier with a new head, which starts at zero; or, at 0 classes, a language
-        model again, with the head tied to the embedding."""
-        self.config = replace(self.config, classes=classes)
-        self.head = None
-        if classes > 0:
-            self.head = nn.Parameter(self.wte.weight.new_zeros(classes, self.config.width))
-
     def forward(self, ids: Tensor) -> Tensor:
-        """Token numbers (batch, time), time <= context -> logits (batch, time, vocab_size), or of
-        a classifier (batch, time, classes)."""
+        """Token ids (batch, time), time <= context -> logits (batch, time, vocab_size), or what the
+        head of a task makes of each token."""
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)  # (batch, time, width)
-        head = self.wte.weight if self.head is None else self.head
-        return nn.functional.linear(self.ln(x), head)
+        x = self.ln(x)
+        if self.head is not None:
+            return self.head(x)
+        return nn.functional.linear(x, self.wte.weight)
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
-    ids: list[int],
-    length: int = 60,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
+    model: GPT, ids: list[int], length: int = 60, temperature=0.8, top_k: int = 50, seed: int = 0
 ) -> list[int]:
-    """`ids` and `length` tokens more, each drawn from the top_k likeliest."""
-    # On the CPU, so that one seed gives one text on every device.
-    generator = torch.Generator().manual_seed(seed)
+    """`ids` and `length` more tokens, each sampled from the top_k most likely ones."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: one seed, one text everywhere
     text = torch.tensor([ids], device=model.wte.weight.device)  # (1, time)
     for _ in range(length):
-        seen = text[:, -model.config.context :]
-        logits = model(seen)[:, -1].float() / temperature  # (1, vocab_size)
+        logits = model(text[:, -model.config.context :])[:, -1].float()  # (1, vocab_size)
         best, tokens = logits.topk(min(top_k, logits.shape[-1]))  # (1, top_k)
-        choice = torch.multinomial(best.softmax(-1).cpu(), 1, generator=generator)  # (1, 1)
+        probabilities = (best / temperature).softmax(-1).cpu()
+        choice = torch.multinomial(probabilities, 1, generator=generator)  # (1, 1)
         text = torch.cat((text, tokens.gather(-1, choice.to(tokens.device))), dim=1)
     return text[0].tolist()
-
-
-# Published GPT-2.
-
-GPT2_FILES = ["config.json", "tokenizer.json", "pytorch_model.bin"]
-
-# What GPT can't compute otherwise. A key that config.json lacks has the first of these values.
-GPT2_FIXED = {
-    "model_type": ["gpt2"],
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "layer_norm_epsilon": [1e-5],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-    "tie_word_embeddings": [True],
-    "add_cross_attention": [False],
-}
-
-
-def load_gpt2(name: str) -> dict:
-    """Published GPT-2 weights as {"config": sizes, "tokenizer": json, "model": state dict}.
-
-    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, to be downloaded once, or a folder with these
-    files. Raises OSError or ValueError if they can't be had or used.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = download_gpt2(name)
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        weights = folder / "pytorch_model.bin"
-    if not weights.exists() and [*folder.glob("*.index.json")]:
-        raise ValueError(f"base {name}: its weights are in several shards; save them as one file")
-    for path in (folder / "config.json", folder / "tokenizer.json", weights):
-        if not path.exists():
-            raise FileNotFoundError(f"base {name}: {path.name} is missing in that folder")
-        with path.open("rb") as file:
-            if file.read(30).startswith(b"version https://git-lfs"):
-                raise ValueError(f"base {name}: {path.name} only points to it; run git lfs pull")
-
-    try:
-        tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"base {name}: tokenizer.json is not UTF-8 text ({error})") from error
-    try:
-        sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = GPTConfig(
-            vocab_size=sizes["vocab_size"],
-            context=sizes["n_positions"],
-            layers=sizes["n_layer"],
-            heads=sizes["n_head"],
-            width=sizes["n_embd"],
-        )
-        fixed = GPT2_FIXED | {"n_inner": [None, 4 * config.width]}
-        unlike = {key for key in fixed if sizes.get(key, fixed[key][0]) not in fixed[key]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"base {name}: config.json does not give GPT-2's sizes ({error!r})"
-        ) from error
-    numbers = [config.vocab_size, config.context, config.layers, config.heads, config.width]
-    if not all(isinstance(n, int) and n > 0 for n in numbers) or config.width % config.heads:
-        raise ValueError(f"base {name}: config.json has sizes that no GPT-2 has: {config}")
-    if unlike:
-        key = min(unlike)
-        raise ValueError(
-            f"base {name}: config.json has {key} {sizes[key]}, and only {fixed[key][0]} works here"
-        )
-    return {
-        "config": asdict(config),
-        "tokenizer": tokenizer,
-        "model": convert_gpt2(name, read_weights(weights)),
-    }
-
-
-def download_gpt2(name: str) -> Path:
-    """The folder that the published files of this name were downloaded to."""
-    remedy = f"give gpt2, or a folder that holds its {', '.join(GPT2_FILES)}"
-    try:
-        from huggingface_hub import snapshot_download  # slow to import, and seldom needed
-
-        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=GPT2_FILES))
-    except Exception as error:  # of many kinds: no network, no such name, not installed
-        reason = str(error).strip().partition("\n")[0]
-        raise OSError(f"base {name}: can't be downloaded ({reason}); {remedy}") from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a file of weights, .bin or .safetensors; nothing in it can run."""
-    try:  # torch.load tells the two apart, and needs the package safetensors for the second
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail in many ways
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"base {path}: not weights that can be read ({reason})") from error
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise ValueError(f"base {path}: holds something else than tensors by their names")
-    return weights
-
-
-def convert_gpt2(base: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and layout as ours. Their matrices are (in, out), Linear's (out, in)."""
-    renamed = {
-        "transformer.": "",  # some files hold a GPT2LMHeadModel, some the GPT2Model in it
-        "h.": "blocks.",
-        "ln_f": "ln",
-        "ln_": "ln",
-        "attn.c_proj": "o",
-        "mlp.c_": "",
-    }
-    state = {}
-    for name, tensor in weights.items():
-        for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
-        if name == "lm_head.weight" or tensor.dim() not in (1, 2):
-            continue  # the tied head is the embedding; the causal masks are not trained
-        if name.startswith(("wte", "wpe", "ln.")):
-            state[name] = tensor
-        elif not name.startswith("blocks"):
-            raise ValueError(f"base {base}: {name} is of another kind of model; give a plain GPT-2")
-        elif "attn.c_attn" in name:  # q, k and v in one: (width, 3 width), or its bias
-            for ours, part in zip("qkv", tensor.chunk(3, dim=-1), strict=False):
-                state[name.replace("attn.c_attn", ours)] = part.T if part.dim() == 2 else part
-        else:
-            state[name] = tensor.T if tensor.dim() == 2 else tensor
-    if "wte.weight" not in state:
-        raise ValueError(f"base {base}: its weights have no wte.weight, as GPT-2's have")
-    if not torch.equal(weights.get("lm_head.weight", state["wte.weight"]), state["wte.weight"]):
-        raise ValueError(f"base {base}: its lm_head is not the token embedding, as in GPT-2")
-    return state

@@ -1,28 +1,23 @@
-"""Adapt a small GPT, or GPT-2, with TriAdaptLoRA, LoRA or full fine-tuning, and show who grows.
+"""Adapt a small GPT with TriAdaptLoRA, LoRA or full fine-tuning, and see which matrices grow.
 
-python train.py --schedule linear                    # pretrains a base once, then adapts it
-python train.py --base gpt2 --task glue/CoLA         # published weights, one of the paper's tasks
-python train.py --resume runs/triadapt-linear        # goes on after Ctrl-C, to the same bits
-torchrun --standalone --nproc_per_node=2 train.py    # processes share each batch
+python train.py --schedule linear                       # a minute on two CPU cores
+python train.py --method lora --data my.txt             # another method, a text of yours
+python train.py --resume runs/triadapt-linear-1         # continues a stopped run, to the same bits
 """
 
-# From top to bottom: settings, files, one training step, base model, the run, report.
+# From top to bottom: settings, the training loop, the run and its parts, files, report.
 
 import argparse
-import contextlib
 import hashlib
-import inspect
 import io
+import itertools
 import json
 import math
 import os
-import signal
+import platform
+import shlex
 import sys
-import sysconfig
-import tempfile
 import time
-import traceback
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,910 +27,534 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import data
-import model
-from data import NO_TARGET, batch
-from model import GPT, GPTConfig
+from data import NO_TARGET, TASKS, Task
+from model import GPT, GPTConfig, generate
 from plots.run import draw_run
 from triadapt import (
+    ALLOCATORS,
     METHODS,
     SCHEDULES,
-    SIGNALS,
     adapter_state_dict,
     add_adapters,
     load_adapter_state_dict,
-    merge_adapters,
 )
 
-# --------------------------------------------------------------------------------- settings
 
-# Name, type, default and meaning. A default of None depends on other settings: fill_defaults.
-SETTINGS = {
-    "data": [
-        ("data", str, "prose", "text to continue: prose, code, or a UTF-8 file"),
-        (
-            "task",
-            str,
-            None,
-            "a task instead: modules, a GLUE folder, a .tsv, E2E's .txt, SQuAD's .json",
-        ),
-        ("context", int, None, "tokens of a window, or of a text [all that the base allows]"),
-        ("batch_size", int, 8, "windows or texts a step, of all processes together"),
-        ("accumulate", int, 1, "pieces that a process computes its batch in, to save memory"),
-    ],
-    "base model": [
-        ("base", str, "code", "code: ours; gpt2[-medium, -large, -xl]; a folder with it; a .pt"),
-        ("base_steps", int, 1000, "steps that ours is pretrained on code: 90 s on two cores"),
-    ],
-    "adapter": [
-        ("method", str, "triadapt", "how to adapt; full trains every weight"),
-        ("rank", int, 8, "target rank; the budget is rank x matrices"),
-        ("alpha", float, 16.0, "scale of the update: s = alpha / rank"),
-        ("init_rank", int, None, "rank at the start [half the rank if it is to grow]"),
-        ("targets", str, "q|k|v|o|fc|proj", "names of the matrices, a regular expression"),
-        ("dropout", float, 0.0, "probability that an adapter's input is dropped in training"),
-    ],
-    "growth": [
-        ("schedule", str, None, "how many matrices grow at an allocation [linear if any can]"),
-        ("score", str, "importance", "what tells who grows; plots/signals.py has rivals of it"),
-        ("budget", str, "ranks", "what it counts; numbers: as many as LoRA trains"),
-        ("rank_step", int, 1, "ranks that a matrix grows by at once"),
-        ("interval", int, None, "steps between allocations [steps / 300]"),
-        ("warmup", int, None, "steps before growth [2 %% of all]"),
-        ("top_k", int, 4, "matrices that grow at an allocation of the fixed schedule"),
-    ],
-    "training": [
-        ("steps", int, 300, "optimiser steps"),
-        ("lr", float, None, "peak learning rate [1e-2, full: 2e-3]"),
-        ("core_lr_ratio", float, 1.0, "learning rate of the core L + U over that of A and B"),
-        ("seed", int, 0, "of adapters, batches and dropout; the base has its own"),
-        ("device", str, None, "such as cuda:1 [the accelerator if there is one, else the CPU]"),
-        ("eval_interval", int, None, "steps between evaluations [a tenth of the steps]"),
-    ],
-    "output": [
-        ("out", str, None, "folder of the results [runs/METHOD-SCHEDULE]"),
-        ("resume", str, None, "folder of a run to finish, with its own settings"),
-        ("merge", str, None, ".pt file for the model with adapters merged, for --base"),
-        ("generate", str, None, "text that the trained model goes on from"),
-    ],
-}
-DEFAULTS = {name: default for group in SETTINGS.values() for name, _, default, _ in group}
-AFTER_TRAINING = ("merge", "generate")  # these can be given at --resume too
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """All settings of a run. Raises ValueError for one that can't be, or would have no effect."""
-    options = vars(make_parser().parse_args(argv))
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, value in given.items():
-        if value == []:  # what argparse makes of --name=--
-            raise ValueError(f"{option(name)}: needs a value")
-    settings = resumed_settings(given) if "resume" in given else DEFAULTS | given
-    args = argparse.Namespace(**settings)
-    fill_defaults(args)
-    check_ranges(args)
-    check_effects(args, given)
-    return args
-
-
-def make_parser() -> argparse.ArgumentParser:
-    choices = {
-        "method": [*METHODS, "full"],
-        "schedule": [*SCHEDULES, "none"],
-        "score": [*SIGNALS],
-        "budget": ["ranks", "numbers"],
-    }
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """All settings. A default of None depends on other settings, see fill_defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog or f"python {shlex.quote(sys.argv[0])}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.error = refuse_options
-    for title, settings in SETTINGS.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, meaning in settings:
-            text = meaning if default is None else f"{meaning} [{default}]"
-            group.add_argument(option(name), type=kind, choices=choices.get(name), help=text)
+    add = parser.add_argument
+    path = os.path.expanduser  # no shell expands the ~ in --out=~/runs
+    # Data and base model.
+    add("--data", type=path, default="prose", help=f"{', '.join(TASKS)}, or a UTF-8 file [prose]")
+    add("--context", type=int, help="tokens of an example [all that the base allows]")
+    add("--base", type=path, default="base.pt", help=f"a model.pt, or {', '.join(BASES)} [base.pt]")
+    # Adapters.
+    add("--method", choices=[*METHODS, "full"], default="triadapt", help="full trains every weight")
+    add("--rank", type=int, default=8, help="target rank of a matrix, for budget and scale [8]")
+    add("--init-rank", type=int, help="rank at the start [half the rank if it is to grow]")
+    add("--alpha", type=float, default=16.0, help="the scale of the update is alpha / rank [16]")
+    add("--target-modules", default="q|k|v|o|fc|proj", help="regular expression [%(default)s]")
+    add("--dropout", type=float, default=0.0, help="probability, for an adapter's input [0]")
+    # Growth.
+    add("--schedule", choices=[*SCHEDULES, "none"], help="how many matrices grow at an allocation")
+    add("--allocator", default="importance", help=f"which ones grow: {', '.join(ALLOCATORS)}")
+    add("--warmup", type=int, help="optimizer steps before growth [2 %% of the steps]")
+    add("--interval", type=int, help="optimizer steps between allocations [steps / 60]")
+    add("--rank-step", type=int, default=1, help="ranks that a matrix grows by at once [1]")
+    add("--top-k", type=int, default=4, help="matrices that grow, for the fixed schedule [4]")
+    # Training.
+    add("--steps", type=int, default=300, help="optimizer steps [300]")
+    add("--batch-size", type=int, default=8, help="examples of an optimizer step [8]")
+    add("--lr", type=float, help="peak learning rate [1e-2, for full 2e-3]")
+    add("--seed", type=int, default=0, help="of adapters, batches and dropout [0]")
+    add("--device", help="such as cuda:1 [the accelerator if there is one, else the CPU]")
+    add("--eval-interval", type=int, help="steps between evaluations [a tenth of the steps]")
+    # Output.
+    add("--out", type=path, help="a new folder for the results [runs/METHOD-SCHEDULE-NUMBER]")
+    add("--resume", type=path, help="the folder of a stopped run, to finish it with its settings")
     return parser
 
 
-def refuse_options(message: str) -> None:
-    """In the place of argparse's page of usage."""
-    raise ValueError(f"{message}; see --help")
-
-
-def option(name: str) -> str:
-    """A setting as the command line calls it."""
-    return "--" + name.replace("_", "-")
-
-
 def fill_defaults(args: argparse.Namespace) -> None:
+    """Give the settings that depend on others their values."""
     if args.schedule is None:
-        args.schedule = "linear" if can_grow(args.method) else "none"
+        has_score = args.allocator != "importance" or hasattr(
+            METHODS.get(args.method), "importance"
+        )
+        args.schedule = "linear" if has_score and args.method != "full" else "none"
     if args.init_rank is None:
         args.init_rank = args.rank if args.schedule == "none" else (args.rank + 1) // 2
-    if args.interval is None:
-        args.interval = max(1, args.steps // 300)
     if args.warmup is None:
         args.warmup = args.steps // 50
+    if args.interval is None:
+        args.interval = max(1, args.steps // 60)
     if args.lr is None:
         args.lr = 2e-3 if args.method == "full" else 1e-2
     if args.eval_interval is None:
         args.eval_interval = max(1, args.steps // 10)
-    if args.out is None:
-        args.out = f"runs/{args.method}-{args.schedule}"
 
 
-def can_grow(method: str) -> bool:
-    return hasattr(METHODS.get(method), "importance")
+def train(run: "Run") -> None:
+    """The training loop, from wherever the run is to its last step."""
+    args, model, optimizer, allocator = run.args, run.model, run.optimizer, run.allocator
+    losses, busy = [], 0.0  # since the last evaluation: losses of the steps, seconds
+    for step in range(run.step + 1, args.steps + 1):
+        began = time.perf_counter()
 
+        # Forward and backward. Seed and step determine the batch, dropout and new ranks, so that a
+        # resumed run needs no state of a random generator.
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        inputs, targets = draw_batch(run.examples["train"], args.seed, step, args.batch_size)
+        model.train()
+        loss_sum, count, _ = run.forward(inputs, targets)
+        loss = loss_sum / count
+        if not loss.isfinite():
+            sys.exit(f"the loss is {loss} at step {step}: give a lower --lr than {args.lr}")
+        optimizer.zero_grad()
+        loss.backward()
 
-def check_ranges(args: argparse.Namespace) -> None:
-    lowest = {"seed": 0, "warmup": 0, "batch_size": args.accumulate * WORLD}
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)):
-            low = lowest.get(name, 1 if isinstance(value, int) else 0)
-            if not low <= value < 2**31:
-                raise ValueError(f"{option(name)} {value}: must be from {low} to below 2^31")
-    if args.schedule != "none" and not can_grow(args.method):
-        raise ValueError(f"--schedule {args.schedule}: --method {args.method} can't grow")
-    if args.merge is not None and (not args.merge.endswith(".pt") or Path(args.merge).is_dir()):
-        raise ValueError(f"--merge {args.merge}: must be a file that ends in .pt, as --base reads")
+        # Optimizer step. The parameters are listed anew, because growth replaces them.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        lr = learning_rate(step, args.steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        optimizer.step()
 
+        # Growth, between two optimizer steps.
+        grown = allocator.step(step) if allocator else []
 
-def check_effects(args: argparse.Namespace, given: dict) -> None:
-    """Raises ValueError for an option that was given and would change nothing."""
-    idle = {}  # setting: why it has no effect
-    if args.method == "full":
-        for name in ("rank", "alpha", "init_rank", "targets", "dropout", "core_lr_ratio"):
-            idle[name] = "--method full has no adapters"
-    elif "lora_L" not in METHODS[args.method].GROWS_ALONG:
-        idle["core_lr_ratio"] = f"--method {args.method} has no core"
-    if args.schedule == "none":
-        for name in ("score", "budget", "rank_step", "interval", "warmup"):
-            idle[name] = "no matrix grows"
-    if args.schedule != "fixed":
-        idle["top_k"] = "only --schedule fixed uses it"
-    if args.task is not None:
-        idle["data"] = "--task is trained on instead"
-    if args.base != "code":
-        idle["base_steps"] = "only --base code is pretrained here"
-    for name in given:
-        if name in idle:
-            raise ValueError(f"{option(name)}: no effect, as {idle[name]}; leave it out")
-
-
-def resumed_settings(given: dict) -> dict:
-    """Those of the run to finish, with what is to be done after it."""
-    folder = given["resume"]
-    path = Path(folder, "checkpoint.pt")
-    settings = load_file(path, "settings")["settings"]
-    if not isinstance(settings, dict) or settings.keys() != DEFAULTS.keys():
-        raise ValueError(f"{path}: damaged, or of other code; start anew")
-    settings["out"] = folder  # it may have been moved
-    for name, value in given.items():
-        if name in ("resume", *AFTER_TRAINING):
-            settings[name] = value
-        elif value != settings[name]:
-            known = f"the run has {settings[name]} and keeps it"
-            raise ValueError(f"{option(name)} {value}: {known}; leave it out")
-    return settings
-
-
-# --------------------------------------------------------------- devices, processes and files
-
-CACHE = Path("cache")
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets this and RANK
-PROCESS = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, else this process's accelerator, else the CPU."""
-    if WORLD > 1 and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(PROCESS % torch.accelerator.device_count())
-    found = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        return torch.empty(1, device=found).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not to be had here; try cpu") from error
-
-
-def sum_processes(tensors: list[Tensor]) -> None:
-    """Sum each tensor over the processes, in place, all in one flat message."""
-    if WORLD > 1:
-        flat = nn.utils.parameters_to_vector(tensors)
-        torch.distributed.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat, tensors)
-
-
-def say(text: str) -> None:
-    if PROCESS == 0:
-        print(text, flush=True)
-
-
-def save_file(path: Path, content: dict | str | bytes) -> None:
-    """Write what torch.save takes, a text or bytes; the first process does, the others wait.
-
-    The file has a temporary name until it is whole: after a failure the old one is still there.
-    """
-    if PROCESS == 0:
-        if isinstance(content, dict):
-            buffer = io.BytesIO()  # torch.save's own errors of a full disk are not OSErrors
-            torch.save(content, buffer)
-            content = buffer.getbuffer()
-        elif isinstance(content, str):
-            content = content.encode()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError as error:
-            raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-    if WORLD > 1:
-        torch.distributed.barrier()
-
-
-def load_file(path: Path, *keys: str) -> dict:
-    """These keys of a .pt file: tensors and plain values only, so that nothing in it can run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: content[key] for key in keys}
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path}: damaged, or not written by train.py") from error
-
-
-def digest(parts: Iterable[str | Tensor]) -> str:
-    """A short name of a content: equal for equal texts and tensors."""
-    sha = hashlib.sha256()
-    for part in parts:
-        if torch.is_tensor(part):
-            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        else:
-            part = part.encode("utf-8", "surrogatepass") + b"\0"
-        sha.update(part)
-    return sha.hexdigest()[:16]
-
-
-def check_writable(setting: str, folder: Path) -> None:
-    """Raises OSError if no file could be written to a folder, which need not exist yet."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        reason = f"nothing can be written to {there} ({error.strerror})"
-        raise OSError(f"{setting}: {reason}; give another") from error
-
-
-# ---------------------------------------------------------------------------- a training step
+        # Report and save.
+        run.step = step
+        losses.append(loss.item())
+        busy += time.perf_counter() - began
+        if grown:
+            scores, threshold = allocator.last_scores, allocator.threshold
+            run.note("allocation", grown=grown, threshold=threshold, scores=scores)
+        if step % args.eval_interval == 0 or step == args.steps:
+            speed = len(losses) * inputs.numel() / busy
+            train_loss = sum(losses) / len(losses)
+            run.note_evaluation(train_loss, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
+            run.save()
+            losses, busy = [], 0.0
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The rate of step 1 ... steps: up over 3 %, then down a half cosine to a tenth of the peak."""
+    """The rate of step 1 ... steps: a linear warm-up over 3 % of them, then half a cosine down to a
+    tenth of the peak."""
     rise = max(1, round(0.03 * steps))
     fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))
     return peak * min(step / rise, 0.1 + 0.9 * fall)
 
 
-def parameter_groups(net: nn.Module, core_lr_ratio: float) -> list[dict]:
-    """What an optimizer trains: the cores L + U have a learning rate of their own."""
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    core = [p for name, p in trained.items() if name.endswith(("lora_L", "lora_U"))]
-    others = [p for name, p in trained.items() if not name.endswith(("lora_L", "lora_U"))]
-    return [{"params": others, "lr_ratio": 1.0}, {"params": core, "lr_ratio": core_lr_ratio}]
-
-
 def draw_batch(examples, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
-    """The batch of a step, by (seed, step) alone, so that a checkpoint needs no generator."""
-    numbers = np.random.default_rng((seed, step)).integers(len(examples), size=size)
-    return batch(examples, numbers)
+    """The batch of a step: (inputs, targets), (size, time) each. (seed, step) determines it."""
+    indices = np.random.default_rng((seed, step)).integers(len(examples), size=size)
+    return data.batch(examples, indices)
 
 
-def predict(
-    net: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch: the sum of its losses, which are negative log likelihoods in nats, or squared
-    errors if there is one output, a score; the logits (batch x time, outputs); the targets (batch x
-    time,)."""
-    inputs = inputs.to(device)
-    targets = targets.to(device).flatten()
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        logits = net(inputs).flatten(0, 1)
-    logits = logits.float()
-    if logits.shape[-1] == 1:
-        known = targets != NO_TARGET
-        loss = (logits[known, 0] - targets[known]).square().sum()
-    else:
-        loss = nn.functional.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum")
-    return loss, logits, targets
-
-
-def train_step(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    examples: tuple[Tensor, Tensor],
-    device: torch.device,
-    accumulate: int = 1,
-) -> float:
-    """One optimiser step at a learning rate, on a batch whose pieces the processes share.
-
-    Returns the loss in nats per target.
-    """
-    net.train()
-    optimizer.zero_grad()
-    inputs, targets = examples
-    count = (targets != NO_TARGET).sum().item()
-    pieces = accumulate * WORLD
-    loss = torch.zeros((), device=device)
-    for i in range(PROCESS, pieces, WORLD):
-        part = predict(net, inputs[i::pieces], targets[i::pieces], device)[0] / count
-        part.backward()
-        loss += part.detach()
-
-    # The parameters as they are now: growth puts new ones in the groups.
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_processes([*(p.grad for p in parameters), loss])
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr_ratio"] * rate
-    optimizer.step()
-    return loss.item()
-
-
-# ------------------------------------------------------------------------------------- scores
-
-# In a log, and in words.
-SCORES = {
-    "accuracy": "accuracy",
-    "f1": "macro F1",
-    "matthews": "Matthews",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "exact_match": "exact match",
-}
-
-
-def scores(outputs: int, said: Tensor, true: Tensor) -> dict[str, float]:
-    """What a task reports, from what was said of each example and what is true: (examples,) each.
-
-    Without outputs of a head texts are written, and `said` is 1 where all of one is right. One
-    output says a score. Else `said` is a class, and F1 the mean over those that occur or are said.
-    """
-    if outputs == 0:
-        return {"exact_match": said.mean().item()}
-    if outputs == 1:
-        return {
-            "pearson": correlation(said, true),
-            "spearman": correlation(places(said), places(true)),
-        }
-    f1 = []
-    for c in torch.cat((said, true)).unique():
-        hits = ((said == c) & (true == c)).sum()
-        f1.append(2 * hits / ((said == c).sum() + (true == c).sum()))
-    result = {"accuracy": (said == true).float().mean().item(), "f1": torch.stack(f1).mean().item()}
-    if outputs == 2:
-        result["matthews"] = correlation(said, true)
-    return result
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, which of two classes 0 and 1 is Matthews'; 0 where a or b is constant."""
-    a = a.double() - a.double().mean()
-    b = b.double() - b.double().mean()
-    norm = a.norm() * b.norm()
-    return (a @ b / norm).item() if norm > 0 else 0.0
-
-
-def places(values: Tensor) -> Tensor:
-    """The place of each value in their order; equal ones share the mean of their places."""
-    _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last - (counts - 1) / 2)[which]
-
-
-# --------------------------------------------------------------------------------- base model
-
-
-def load_base(args: argparse.Namespace, device: torch.device) -> dict:
-    """{"config": sizes, "tokenizer": json, "model": weights, or None if yet to be pretrained}."""
-    if args.base != "code" and Path(args.base).suffix == ".pt":
-        return load_file(Path(args.base), "config", "tokenizer", "model")
-    if args.base != "code":
-        return model.load_gpt2(args.base)
-    path = pretrained_path(args.base_steps, device)
-    if path.exists():
-        return load_file(path, "config", "tokenizer", "model")
-    config = GPTConfig()
-    tokenizer = data.train_tokenizer(data.documents("code"), config.vocab_size)
-    return {"config": asdict(config), "tokenizer": tokenizer.to_str(), "model": None}
-
-
-def open_base(base: dict, name: str) -> tuple[Tokenizer, GPT]:
-    """A base's tokenizer and its model; without weights, the start of its pretraining."""
-    try:
-        tokenizer = data.open_tokenizer(base["tokenizer"])
-        config = GPTConfig(**base["config"])
-    except Exception as error:  # the tokenizer's errors are of no narrower kind
-        raise ValueError(f"--base {name}: its tokenizer or its sizes are damaged") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        sizes = f"{tokenizer.get_vocab_size()} tokens and its model {config.vocab_size}"
-        raise ValueError(f"--base {name}: its tokenizer has {sizes}; they are not of one model")
-    torch.manual_seed(0)
-    gpt = GPT(config)
-    if base["model"] is not None:
-        try:
-            gpt.load_state_dict(base["model"])
-        except (RuntimeError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"--base {name}: weights do not fit ({reason:.300})") from error
-    return tokenizer, gpt
-
-
-def pretrained_path(steps: int, device: torch.device) -> Path:
-    """Where our base is kept. The name changes with all that it is made from."""
-    code = [model, data, pretrain, train_step, predict, learning_rate, draw_batch]
-    facts = [*map(inspect.getsource, code), str(steps), device.type, torch.__version__]
-    return CACHE / f"base-{digest([*data.documents('code'), *facts])}.pt"
-
-
-def pretrain(gpt: GPT, tokenizer: Tokenizer, steps: int, device: torch.device) -> None:
-    """Train a GPT on code, in place, and keep it in the cache."""
-    say(f"no base is in {CACHE}/ yet: it is pretrained on code first, for {steps} steps")
-    windows = data.text_examples("code", data.documents("code"), tokenizer, gpt.config.context)
-    groups = [{"params": list(gpt.parameters()), "lr_ratio": 1.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    began = told = time.perf_counter()
-    for step in range(1, steps + 1):
-        examples = draw_batch(windows["train"], 0, step, size=8)
-        loss = train_step(gpt, optimizer, learning_rate(step, steps, 2e-3), examples, device)
-        now = time.perf_counter()
-        if now - told > 10 or step == steps:
-            left = (now - began) / step * (steps - step)
-            say(f"pretraining step {step}/{steps}  loss {loss:.3f}  {left:.0f} s left")
-            told = now
-    save_model(pretrained_path(steps, device), gpt, tokenizer)
-
-
-def save_model(path: Path, gpt: GPT, tokenizer: Tokenizer) -> None:
-    """A file for --base."""
-    sizes = asdict(gpt.config)
-    content = {"config": sizes, "tokenizer": tokenizer.to_str(), "model": gpt.state_dict()}
-    save_file(path, content)
-
-
-# ------------------------------------------------------------------------------------ the run
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """The trained parameters, a group for each ratio to the common learning rate (LR_RATIOS)."""
+    groups = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                ratio = getattr(module, "LR_RATIOS", {}).get(name, 1.0)
+                groups.setdefault(ratio, []).append(p)
+    return [{"params": params, "lr_ratio": ratio} for ratio, params in groups.items()]
 
 
 class Run:
-    """One training run: its parts, how far it has come, and the log of it."""
+    """A training run: what it is made of, how far it is, and its log."""
 
     def __init__(self, args: argparse.Namespace):
-        """Read, check and build all parts. Raises ValueError or OSError for bad input."""
+        """Read and build everything. Raises ValueError or OSError for what does not fit."""
         self.args = args
-        self.out = Path(args.out)
         self.device = pick_device(args.device)
-        check_writable(f"out {args.out}", self.out)
-        if args.merge is not None:
-            check_writable(f"merge {args.merge}", Path(args.merge).parent)
 
-        # A mistake is told at once: settings are tried on a model of our base's sizes, and data is
-        # read, before anything that takes long.
-        self.task = None
-        if args.base == "code":
-            self.adapt(GPT(GPTConfig()))
-        if args.task is not None:
-            self.task = data.load_task(args.task)
-            if self.task.kind != "text" and args.generate is not None:
-                raise ValueError(f"generate {args.generate}: --task {args.task} writes no text")
-        texts = [] if self.task else data.documents(args.data)
+        # Data and base model.
+        self.task = open_task(args.data)
+        torch.manual_seed(args.seed)  # for a base from scratch
+        model, self.tokenizer = open_base(args.base, self.task.texts)
+        self.model = model.to(self.device)
+        context = args.context or model.config.context
+        if context > model.config.context:
+            raise ValueError(f"--context {context}: this base allows {model.config.context}")
+        self.examples = self.task.examples(self.tokenizer, context)
+        self.checksum = checksum(self.task, self.tokenizer, model)
 
-        # Base model.
-        base = load_base(args, self.device)
-        self.tokenizer, gpt = open_base(base, args.base)
-        self.model = gpt.to(self.device)
-        self.encode(texts)
-        if base["model"] is None:
-            pretrain(gpt, self.tokenizer, args.base_steps, self.device)
-
-        # What a resumed run must find unchanged.
-        read = [repr(row) for row in self.task.rows] if self.task else texts
-        self.content = {
-            f"weights of {args.base}": digest(gpt.state_dict().values()),
-            f"tokenizer of {args.base}": digest([self.tokenizer.to_str()]),
-            f"content of {args.task or args.data}": digest(read),
-        }
-
-        # Adapters.
-        self.adapt(self.model)
-
-        # How far it has come.
-        self.step = 0
-        self.seconds = 0.0
-        self.losses = []  # of the steps since the last evaluation
-        self.log = []
-        if args.resume:
-            self.load()
-
-    def encode(self, texts: list[str]) -> None:
-        """Make {split: examples} of the task, or else of texts."""
-        args = self.args
-        context = args.context or self.model.config.context
-        if context > self.model.config.context:
-            longest = self.model.config.context
-            raise ValueError(f"--context {context}: at most {longest} for this base")
-        if self.task:
-            self.examples, read = data.task_examples(self.task, self.tokenizer, context)
-            say(read)
-        else:
-            self.examples = data.text_examples(args.data, texts, self.tokenizer, context)
-
-    @property
-    def outputs(self) -> int:
-        """Of the head that a task needs: its classes, or one for a score; 0 to write text."""
-        if self.task is None:
-            return 0
-        return {"class": len(self.task.classes), "score": 1, "text": 0}[self.task.kind]
-
-    def adapt(self, gpt: GPT) -> None:
-        """Make adapters, optimiser and allocator for a model; the seed makes what is random."""
-        args = self.args
+        # Adapters, optimizer, allocator.
         torch.manual_seed(args.seed)
         self.adapters = {}
         if args.method != "full":
-            self.adapters = add_adapters(
-                gpt, args.targets, args.method, args.rank, args.init_rank, args.alpha, args.dropout
-            )
-        gpt.classify(self.outputs)
-
-        groups = parameter_groups(gpt, args.core_lr_ratio)
+            sizes = (args.rank, args.init_rank, args.alpha, args.dropout)
+            self.adapters = add_adapters(model, args.target_modules, args.method, *sizes)
+        self.task.add_head(model)
+        groups = parameter_groups(model)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-
         self.allocator = None
         if args.schedule != "none":
-            self.allocator = SIGNALS[args.score](
-                self.adapters,
-                self.optimizer,
-                target_rank=args.rank,
-                total_steps=args.steps,
-                warmup=args.warmup,
-                interval=args.interval,
-                schedule=args.schedule,
-                rank_step=args.rank_step,
-                top_k=args.top_k,
-                count_numbers=args.budget == "numbers",
-            )
+            self.allocator = make_allocator(args, self.adapters, self.optimizer)
 
-    def train(self) -> None:
-        """The loop, from wherever the run is to its end."""
-        args = self.args
-        if not self.log:
-            self.note("start", **self.description(), **self.test())
+        # Progress.
+        self.step = 0
+        self.log = []
+        self.began = time.perf_counter()
+        if args.resume:
+            self.load()
+        else:
+            args.out = str(new_folder(args))
 
-        with ctrl_c_waits() as interrupts:
-            for step in range(self.step + 1, args.steps + 1):
-                began = time.perf_counter()
-
-                # One optimiser step. What is random in it, as dropout, comes from seed and step.
-                torch.manual_seed(self.seed(step) * WORLD + PROCESS)
-                rate = learning_rate(step, args.steps, args.lr)
-                examples = draw_batch(self.examples["train"], args.seed, step, size=args.batch_size)
-                loss = train_step(
-                    self.model, self.optimizer, rate, examples, self.device, args.accumulate
-                )
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"lr {args.lr}: the loss is {loss} at step {step}; give a lower one"
-                    )
-
-                # Growth, between two optimiser steps. New rows of A are random: the seed makes them
-                # the same in every process.
-                grown = []
-                if self.allocator is not None:
-                    torch.manual_seed(self.seed(step))
-                    grown = self.allocator.step(step)
-
-                # How far it has come.
-                self.step = step
-                self.seconds += time.perf_counter() - began
-                self.losses.append(loss)
-
-                # Report, and save.
-                if grown:
-                    self.note(
-                        "allocation",
-                        grown=grown,
-                        threshold=self.allocator.threshold,
-                        score=self.allocator.last_scores,
-                    )
-                if step % args.eval_interval == 0 or step == args.steps:
-                    mean = sum(self.losses) / len(self.losses)
-                    self.note("eval", train_loss=mean, **self.evaluate("val"))
-                    self.losses = []
-                    self.save()
-                if any_process(interrupts, self.device):
-                    self.save()
-                    say(f"stopped after step {step}; to go on: python train.py --resume {self.out}")
-                    sys.exit(130)
-
-        if self.log[-1]["kind"] != "end":
-            self.note("end", seconds=self.seconds, **self.test())
-            save_file(self.out / "run.png", draw_run(self.log))
-            self.save()
-            say(f"look at {self.out / 'run.png'}; beside it: log.jsonl adapter.pt checkpoint.pt")
-
-    def seed(self, step: int) -> int:
-        """Of a step: up to a million steps, no two steps of any two runs share one."""
-        return self.args.seed * 1_000_003 + step
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, int, object]:
+        """(summed loss, number of targets, what the task's metrics need) of a batch."""
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            logits = self.model(inputs)
+        logits = logits.float()
+        count = (targets != NO_TARGET).sum().item()
+        return self.task.loss(logits, targets), count, self.task.collect(logits, targets)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """{split}_loss per target, and the scores of a task: of all test examples, of 512 others
-        at most."""
+        """The mean loss and the metrics: of all test examples, and of at most 512 of "val"."""
         self.model.eval()
         examples = self.examples[split]
         size = len(examples) if split == "test" else min(len(examples), 512)
-        loss = torch.zeros((), device=self.device)
-        count = torch.zeros((), device=self.device)
-        said = torch.zeros(size, device=self.device)
-        true = torch.zeros(size, device=self.device)
-        for part in torch.arange(size).split(self.args.batch_size)[PROCESS::WORLD]:
-            inputs, targets = batch(examples, part)
-            part_loss, logits, targets = predict(self.model, inputs, targets, self.device)
-            known = targets != NO_TARGET
-            loss += part_loss
-            count += known.sum()
-            answers = logits[:, 0] if self.outputs == 1 else logits.argmax(-1)
-            if self.outputs > 0:
-                said[part] = answers[known].float()
-                true[part] = targets[known].float()
-            else:  # a text is right if each of its tokens is
-                said[part] = ((answers == targets) | ~known).view(inputs.shape).all(1).float()
-        sum_processes([loss, count, said, true])
-
-        result = {"loss": (loss / count).item()}
-        if self.task:
-            result |= scores(self.outputs, said.cpu(), true.cpu())
-        return {f"{split}_{name}": value for name, value in result.items()}
+        loss, targets, collected = 0.0, 0, []
+        for indices in torch.arange(size).split(4 * self.args.batch_size):
+            loss_sum, count, outputs = self.forward(*data.batch(examples, indices))
+            loss += loss_sum.item()
+            targets += count
+            collected.append(outputs)
+        loss /= targets
+        results = {"loss": loss} | self.task.metrics(loss, collected)
+        return {f"{split}_{name}": value for name, value in results.items()}
 
     def test(self) -> dict:
-        """The test results; of a model that writes also how it goes on from test texts."""
-        result = self.evaluate("test")
-        if self.task is None:
-            start = self.examples["test"][0][0][:16].tolist()
-            result["sample"] = self.tokenizer.decode(model.generate(self.model, start))
-        elif self.task.kind == "text":
-            result["sample"] = "\n\n".join(map(self.answer, self.examples["test"][:3]))
-        return result
-
-    def answer(self, example: data.Example) -> str:
-        """A prompt, its answer, and what the model writes: always the likeliest token."""
-        inputs, targets = example
-        known = targets != NO_TARGET
-        prompt = inputs[: known.int().argmax() + 1].tolist()
-        length = self.model.config.context - len(prompt)
-        written = model.generate(self.model, prompt, length, top_k=1)[len(prompt) :]
-        end = data.end_token(self.tokenizer)
-        if end in written:
-            written = written[: written.index(end)]
-        texts = [self.tokenizer.decode(ids) for ids in (prompt, targets[known].tolist(), written)]
-        return "prompt     {}\nanswer     {}\ngenerated  {}".format(*texts)
-
-    # Checkpoints.
-
-    def save(self) -> None:
-        """The adapter alone, the log, and a checkpoint to resume from."""
-        trained = adapter_state_dict(self.model)
-        checkpoint = {
-            "settings": vars(self.args),
-            "content": self.content,
-            "trained": trained,
-            "optimizer": self.optimizer.state_dict(),
-            "growth": self.allocator.state_dict() if self.allocator else {},
-            "progress": {
-                name: getattr(self, name) for name in ("step", "seconds", "losses", "log")
-            },
-        }
-        save_file(self.out / "adapter.pt", trained)
-        save_file(self.out / "log.jsonl", "".join(json.dumps(e) + "\n" for e in self.log))
-        save_file(self.out / "checkpoint.pt", checkpoint)  # last: a run killed before it is resumed
-
-    def load(self) -> None:
-        """Go on where the run was: adapters grow to their ranks, then get weights and moments."""
-        path = self.out / "checkpoint.pt"
-        saved = load_file(path, "content", "trained", "optimizer", "growth", "progress")
-        for what, name in self.content.items():
-            if saved["content"].get(what) != name:
-                raise ValueError(
-                    f"--resume {self.out}: the {what} changed since then; bring the old back, or "
-                    "start anew"
-                )
-        try:
-            load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            if self.allocator is not None:
-                self.allocator.load_state_dict(saved["growth"])
-            vars(self).update(saved["progress"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"--resume {self.out}: its checkpoint is damaged, or of other code ({error}); "
-                "start anew"
-            ) from error
+        """Test loss and metrics, and how the model continues a text."""
+        results = self.evaluate("test")
+        prompt = self.task.prompt(self.examples["test"])
+        if prompt is not None:
+            results["sample"] = self.tokenizer.decode(generate(self.model, prompt))
+        return results
 
     # The log.
 
     def note(self, kind: str, **values) -> None:
-        """Log where the run is, and `values`, and say so."""
+        """Append an entry to the log, and print it."""
         ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         entry = {
             "kind": kind,
             "step": self.step,
             "total_rank": sum(ranks.values()),
+            "trainable": sum(p.numel() for p in parameters),
+            "seconds": time.perf_counter() - self.began,
             "ranks": ranks,
-            "trainable": sum(p.numel() for p in trained),
         }
-        if self.allocator is not None:
-            entry["importance"] = self.allocator.importances()
+        if kind != "allocation":
+            able = {name: a for name, a in self.adapters.items() if hasattr(a, "importance")}
+            entry["importance"] = {name: a.importance().item() for name, a in able.items()}
         self.log.append(entry | values)
-        say(in_words(self.log))
+        report(self)
 
-    def description(self) -> dict:
-        """What was built and is going to happen."""
-        facts = {
-            "device": str(self.device),
-            "settings": vars(self.args),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+    def note_start(self) -> None:
+        """The first entry: the settings, what was built, and the results before training."""
+        self.note(
+            "start",
+            command=shlex.join(sys.argv),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            device=str(self.device),
+            settings=settings_of(self.args),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            budget=self.allocator.budget if self.allocator else None,
+            plan=self.allocator.plan() if self.allocator else [],
+            **self.test(),
+        )
+
+    def note_evaluation(self, train_loss: float, **values) -> None:
+        if self.device.type == "cuda":
+            values["peak_memory"] = torch.cuda.max_memory_allocated(self.device)  # bytes
+        self.note("eval", train_loss=train_loss, **values, **self.evaluate("val"))
+
+    # Files.
+
+    def save(self) -> None:
+        """The checkpoint, the log, and the result: adapter.pt, or model.pt for --method full."""
+        trained = adapter_state_dict(self.model)
+        settings = settings_of(self.args)
+        checkpoint = {
+            "settings": settings,
+            "checksum": self.checksum,
+            "trained": trained,
+            "optimizer": self.optimizer.state_dict(),
+            "allocator": self.allocator.state_dict() if self.allocator else {},
+            "step": self.step,
+            "seconds": time.perf_counter() - self.began,
+            "log": self.log,
         }
-        if self.allocator is not None:
-            facts["plan"] = self.allocator.plan()
-            facts["budget"] = self.allocator.budget
-        return facts
+        out = Path(self.args.out)
+        lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in self.log]
+        save_file(out / "log.jsonl", "".join(lines).encode())
+        if self.adapters:
+            save_file(out / "adapter.pt", {"settings": settings, "adapter": trained})
+        else:
+            save_model(out / "model.pt", self.model, self.tokenizer)
+        save_file(out / "checkpoint.pt", checkpoint)
+
+    def load(self) -> None:
+        """Continue from the checkpoint: adapters first, then optimizer, then allocator."""
+        saved = load_checkpoint(self.args.resume)
+        if saved["checksum"] != self.checksum:
+            raise ValueError(
+                f"--resume {self.args.resume}: the data or the weights of --base changed since "
+                "then; restore them, or start a new run"
+            )
+        load_adapter_state_dict(self.model, saved["trained"], self.optimizer)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.allocator:
+            self.allocator.load_state_dict(saved["allocator"])
+        self.step = saved["step"]
+        self.log = saved["log"]
+        self.began -= saved["seconds"]
 
 
-@contextlib.contextmanager
-def ctrl_c_waits():
-    """A list that grows at Ctrl-C, so that the step under way is finished first."""
-    interrupts = []
-    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+# The parts of a run.
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or else the accelerator of this machine, or else the CPU."""
+    found = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)
+        return torch.empty(1, device=found).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not available here; try --device cpu") from error
 
 
-def any_process(interrupts: list, device: torch.device) -> bool:
-    """Whether Ctrl-C reached any of the processes: all stop after the same step."""
-    count = torch.tensor(float(len(interrupts)), device=device)
-    sum_processes([count])
-    return count.item() > 0
+def open_task(spec: str) -> Task:
+    """The task of --data: NAME or NAME:ARGUMENT of data.TASKS, or else a UTF-8 file."""
+    name, _, argument = spec.partition(":")
+    if name in TASKS:
+        return TASKS[name](os.path.expanduser(argument))
+    if not Path(spec).is_file():
+        raise ValueError(f"--data {spec}: not a file, and not one of {', '.join(TASKS)}")
+    return Task(spec, data.file_documents(spec))
 
 
-# ------------------------------------------------------------------------------------- report
+def open_base(spec: str, texts: list[str] = ()) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of --base: NAME or NAME:ARGUMENT of BASES, or else a model.pt.
+
+    texts: what a base from scratch trains its tokenizer on.
+    """
+    name, _, argument = spec.partition(":")
+    if name in BASES:
+        return BASES[name](os.path.expanduser(argument), texts)
+    path = Path(spec)
+    if not path.exists():
+        path = Path(__file__).with_name(spec)  # base.pt is found from any folder
+    if not path.is_file():
+        raise ValueError(f"--base {spec}: not a file, and not one of {', '.join(BASES)}")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if "config" not in saved:
+        raise ValueError(f"--base {spec}: holds no model; give a model.pt of --method full")
+    gpt = GPT(GPTConfig(**saved["config"]))
+    gpt.load_state_dict(saved["model"])
+    return gpt, data.open_tokenizer(saved["tokenizer"])
 
 
-def in_words(log: list[dict]) -> str:
-    """The last entry of a log, as the console tells it."""
-    first, entry = log[0], log[-1]
-    where = f"step {entry['step']:5}  total rank {entry['total_rank']}"
-    if entry["kind"] == "start":
-        return start_in_words(entry)
-    if entry["kind"] == "allocation":
-        grown = " ".join(entry["grown"])
-        return f"{where}, threshold {entry['threshold']:+.1e}, grown: {grown}"
-    if entry["kind"] == "eval":
-        loss = f"train loss {entry['train_loss']:.4f}, {results_in_words(entry, 'val')}"
-        return f"{where}, trainable {entry['trainable']:,}, {loss}"
+def scratch(argument: str, texts: list[str]) -> tuple[GPT, Tokenizer]:
+    """Random weights, and a tokenizer that is trained on the texts."""
+    config = GPTConfig()
+    return GPT(config), data.train_tokenizer(texts, config.vocab_size)
 
-    most = max(e["trainable"] for e in log)
-    return "\n".join(
-        [
-            f"\nbefore adapting: {results_in_words(first, 'test')}",
-            first.get("sample", "").strip(),
-            f"\nafter adapting: {results_in_words(entry, 'test')}",
-            entry.get("sample", "").strip(),
-            f"\ntrainable parameters: {first['trainable']:,} at first, {most:,} at most, "
-            f"{entry['trainable']:,} in the end; {entry['seconds']:.1f} s of training",
-        ]
+
+# What --base knows. A fork adds its own.
+BASES = {"scratch": scratch}
+
+
+def make_allocator(args: argparse.Namespace, adapters: dict, optimizer):
+    """The allocator of --allocator: NAME or NAME:ARGUMENT of ALLOCATORS."""
+    name, _, argument = args.allocator.partition(":")
+    if name not in ALLOCATORS:
+        raise ValueError(f"--allocator {name}: must be one of {', '.join(ALLOCATORS)}")
+    return ALLOCATORS[name](
+        adapters,
+        optimizer,
+        total_steps=args.steps,
+        warmup=args.warmup,
+        interval=args.interval,
+        schedule=args.schedule,
+        rank_step=args.rank_step,
+        top_k=args.top_k,
+        **({"argument": argument} if argument else {}),
     )
 
 
-def start_in_words(entry: dict) -> str:
-    """What was built, before the first step."""
-    settings = entry["settings"]
-    lines = [
-        f"device    {entry['device']}",
-        f"model     {entry['parameters']:,} parameters, {entry['trainable']:,} of them trainable",
-    ]
-    if entry["ranks"]:
-        matrices = f"{len(entry['ranks'])} matrices ({settings['targets']})"
-        lines.append(f"adapted   {matrices} by {settings['method']}")
-    if entry.get("plan"):
-        (first, _), (last, total) = entry["plan"][0], entry["plan"][-1]
-        lines.append(
-            f"growth    {settings['schedule']}: total rank {entry['total_rank']} -> {total}, "
-            f"budget {entry['budget']:,} {settings['budget']}, {len(entry['plan'])} allocations "
-            f"from step {first} to step {last}"
-        )
-        if settings["budget"] == "ranks" and total < entry["budget"]:
-            lines.append(
-                f"warning   {entry['budget'] - total} ranks of the budget can't be spent; lower "
-                "--interval or --warmup, or raise --rank-step or --top-k"
+def checksum(task: Task, tokenizer: Tokenizer, model: nn.Module) -> str:
+    """Changes if the data, the tokenizer or a weight of the base does."""
+    sha = hashlib.sha256(repr(task).encode("utf-8", "surrogatepass"))
+    sha.update(tokenizer.to_str().encode())
+    for tensor in model.state_dict().values():
+        sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(args).items() if name != "resume"}
+
+
+# Files.
+
+
+def new_folder(args: argparse.Namespace) -> Path:
+    """The folder of a new run. Raises ValueError if --out holds something already."""
+    if args.out:
+        path = Path(args.out)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise ValueError(
+                f"--out {path}: is not empty; give a new folder, or --resume {path} to finish a run"
             )
-    lines.append(f"base      {results_in_words(entry, 'test')}")
-    return "\n".join(lines)
+        return path
+    for number in itertools.count(1):
+        path = Path("runs", f"{args.method}-{args.schedule}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
 
 
-def results_in_words(entry: dict, split: str) -> str:
-    loss = entry[f"{split}_loss"]
-    found = [
-        f"{words} {entry[f'{split}_{name}']:.3f}"
-        for name, words in SCORES.items()
-        if f"{split}_{name}" in entry
-    ]
-    if f"{split}_pearson" in entry:
-        return ", ".join([f"{split} squared error {loss:.4f}", *found])
-    if f"{split}_accuracy" in entry:
-        return ", ".join([f"{split} loss {loss:.4f} nats", *found])
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # a diverged one is no float
-    return ", ".join([f"{split} loss {loss:.4f} nats/token, perplexity {perplexity:.2f}", *found])
+def save_file(path: Path, content: dict | bytes) -> None:
+    """Write a file whole: after a failure the old one is still there."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getvalue()
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
-# --------------------------------------------------------------------------- the command line
+def save_model(path: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """A model.pt, which --base reads. The head of a task is left out."""
+    weights = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
+    content = {"config": asdict(model.config), "tokenizer": tokenizer.to_str(), "model": weights}
+    save_file(path, content)
 
 
-def main(argv: list[str] | None = None) -> Run:
-    """A whole run, also of a fork. What is wrong with the input ends in one line and code 2."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's console has not, and shows all letters
-        sys.stdout.reconfigure(errors="replace")  # a letter that can't be shown is no error
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group()
-    try:
-        run = Run(parse_args(argv))
-        run.train()
-        finish(run)
-        return run
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not is_about_input(error):
-            raise
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+def load_checkpoint(folder: str) -> dict:
+    path = Path(folder, "checkpoint.pt")
+    if not path.is_file():
+        raise ValueError(f"--resume {folder}: there is no checkpoint.pt in this folder")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# Report.
+
+
+def report(run: Run) -> None:
+    """Print the last entry of the log, in lines of at most 80 columns."""
+    args, entry, first = run.args, run.log[-1], run.log[0]
+    step, rank = entry["step"], entry["total_rank"]
+    if entry["kind"] == "start":
+        print(f"model     {entry['parameters']:,} parameters from {args.base}, on {run.device}")
+        if run.adapters:
+            print(f"adapters  {args.method} in {len(run.adapters)} matrices: {args.target_modules}")
+        if run.allocator:
+            plan = entry["plan"]
+            print(
+                f"growth    {args.schedule}: total rank {rank} -> {plan[-1][1]} of {entry['budget']}"
+            )
+            print(f"          {len(plan)} allocations, from step {plan[0][0]} to {plan[-1][0]}")
+        print_test("before", entry)
+    elif entry["kind"] == "eval":
+        before = [e for e in run.log[:-1] if e["kind"] != "allocation"][-1]
+        left = (time.perf_counter() - run.began) / step * (args.steps - step)
+        print(
+            f"step {step:5}/{args.steps}  rank {rank} (+{rank - before['total_rank']})  "
+            f"train {entry['train_loss']:.4f}  val {entry['val_loss']:.4f}  {left:4.0f} s left"
+        )
+    elif entry["kind"] == "end":
+        print_test("after", entry)
+        print(
+            f"trained   {first['trainable']:,} parameters at first, {entry['trainable']:,} at last"
+        )
+        print(f"time      {entry['seconds']:.0f} s")
+
+
+def print_test(when: str, entry: dict) -> None:
+    """The test results, and up to four lines of the sample."""
+    metrics = [f"{k[5:]} {v:.4f}" for k, v in entry.items() if k.startswith("test_")]
+    print(f"{when:8}  test {', '.join(metrics)}")
+    lines = [line for line in entry.get("sample", "").splitlines() if line.strip()]
+    for line in lines[:4]:
+        print(f"        | {line[:70]}")
 
 
 def finish(run: Run) -> None:
-    """What is asked for after training."""
-    args = run.args
-    if args.generate is not None:
-        prompt = args.generate.encode(errors="replace").decode()  # a shell gives any bytes
-        ids = run.tokenizer.encode(prompt, add_special_tokens=False).ids
-        if run.task or not ids:  # an answer, and any text, begins after an end token
-            ids.append(data.end_token(run.tokenizer))
-        ids = model.generate(run.model.eval(), ids)
-        say(run.tokenizer.decode(ids))
-    if args.merge is not None:
-        save_model(Path(args.merge), merge_adapters(run.model), run.tokenizer)
+    """Test the trained model, draw the run, and say what to look at."""
+    out = Path(run.args.out)
+    run.note("end", **run.test())
+    save_file(out / "run.png", draw_run(run.log))
+    run.save()
+    print(f"look at   {out / 'run.png'}")
+    print(f"compare   python plots/compare.py {out} ANOTHER_RUN ...")
 
 
-def is_about_input(error: Exception) -> bool:
-    """Files can always fail. Else an error is about the input if the project or a fork raises it on
-    purpose, in a line that begins with `raise`; what comes from a library, or from within a line,
-    is a bug, and keeps its traceback."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
-    on_purpose = (where.line or "").startswith("raise")
-    return isinstance(error, OSError) or (on_purpose and not where.filename.startswith(library))
+# The command line.
 
 
-def one_line(error: Exception) -> str:
-    """Its message; a setting at its beginning is named as the command line names it."""
-    message = " ".join(str(error).split())
-    name, _, rest = message.partition(" ")
-    return f"{option(name)} {rest}" if name in DEFAULTS else message
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The settings of a new run, or those of the run to resume. They cannot change then."""
+    args = parser.parse_args(argv)
+    if not args.resume:
+        fill_defaults(args)
+        return args
+    saved = load_checkpoint(args.resume)["settings"] | {"out": args.resume}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name, value in saved.items():
+        if getattr(args, name) != value:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(args, name)}: the run has {value}; leave it out")
+    return args
+
+
+def main(argv=None, parser: argparse.ArgumentParser | None = None, prog: str | None = None) -> Run:
+    """A whole run, also of a fork. A mistake in settings or files ends in one line and code 2.
+
+    parser: from make_parser, with the settings that a fork adds to it.
+    prog: how the script is called, for its messages.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has not, and shows all letters
+        sys.stdout.reconfigure(errors="replace")
+    parser = parser or make_parser(prog)
+    try:
+        run = Run(parse_args(parser, argv))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    out = shlex.quote(run.args.out)
+    if run.log and run.log[-1]["kind"] == "end":
+        print(f"{out} is finished: look at {Path(run.args.out, 'run.png')}")
+        return run
+    try:
+        if not run.log:
+            run.note_start()
+            run.save()
+        train(run)
+        finish(run)
+    except KeyboardInterrupt:
+        print(f"stopped at step {run.step}; to continue: {parser.prog} --resume {out}")
+        sys.exit(130)
+    return run
 
 
 if __name__ == "__main__":
