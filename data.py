@@ -10,6 +10,7 @@ tokens as examples, batches. A fork adds an entry to TASKS for another kind of d
 """
 
 import math
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,8 +53,8 @@ class Task:
         for split, ids in tokens.items():
             if len(ids) <= context:
                 raise ValueError(
-                    f"data {self.name}: its {split} split has {len(ids)} tokens, and more than "
-                    f"{context} are needed: give more text, or a shorter --context"
+                    f"data {self.name}: only {len(ids)} tokens in the {split} split; give more "
+                    f"text, or a --context below {len(ids)}"
                 )
         return {
             split: Windows(torch.tensor(ids, dtype=torch.int32), context, split == "train")
@@ -107,13 +108,9 @@ def batch(examples: Sequence[Example], indices: Iterable[int]) -> Example:
     Shorter examples are padded on the right, where causal attention never looks.
     """
     inputs, targets = zip(*(examples[i] for i in indices), strict=True)
-    return (
-        pad_sequence(inputs, batch_first=True),
-        pad_sequence(targets, batch_first=True, padding_value=NO_TARGET),
-    )
+    padded_targets = pad_sequence(targets, batch_first=True, padding_value=NO_TARGET)
+    return pad_sequence(inputs, batch_first=True), padded_targets
 
-
-# Corpora.
 
 # Folders and files that nobody wrote for readers: tests, generated tables, installed packages.
 NOT_CODE = re.compile(
@@ -143,18 +140,11 @@ def prose_documents(size: int = 20) -> list[str]:
     return ["\n\n".join(paragraphs[i : i + size]) for i in range(0, len(paragraphs), size)]
 
 
-def file_documents(name: str) -> list[str]:
-    """A UTF-8 file in at least 30 pieces, so that each split gets some. Short lines stay whole."""
-    text = read_text(Path(name))
-    size = min(1 << 16, len(text) // 60 + 1)
-    pieces = []
-    start = 0
-    while start < len(text):
-        end_of_line = text.find("\n", start + size, start + 2 * size)
-        end = start + 2 * size if end_of_line < 0 else end_of_line + 1
-        pieces.append(text[start:end])
-        start = end
-    return pieces
+def file_documents(path: Path) -> list[str]:
+    """A UTF-8 file in about 60 pieces, so that each split gets some."""
+    text = read_text(path)
+    size = len(text) // 60 + 1
+    return [text[i : i + size] for i in range(0, len(text), size)]
 
 
 def read_text(path: Path) -> str:
@@ -172,10 +162,17 @@ TASKS = {
 }
 
 
-# Tokens.
+def open_task(spec: str) -> Task:
+    """The task of --data: NAME or NAME:ARGUMENT of TASKS, or else a UTF-8 file."""
+    name, _, argument = spec.partition(":")
+    if name in TASKS:
+        return TASKS[name](os.path.expanduser(argument))
+    if not Path(spec).is_file():
+        raise ValueError(f"--data {spec}: not a file, and not one of {', '.join(TASKS)}")
+    return Task(spec, file_documents(Path(spec)))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
     """A byte-level BPE tokenizer like GPT-2's. It has every byte, so it can encode every text."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
@@ -185,10 +182,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(json: str) -> Tokenizer:
-    """A tokenizer from its JSON, without settings of earlier calls (truncation, padding)."""
+    """A tokenizer from its JSON."""
     tokenizer = Tokenizer.from_str(json)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is only letters
     return tokenizer
 
@@ -197,5 +192,5 @@ def end_token(tokenizer: Tokenizer) -> int:
     """The id of the token that ends a text."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
-        raise ValueError(f"the base's tokenizer has no {END_OF_TEXT}; rename its token for that")
+        raise ValueError(f"the tokenizer of --base has no token {END_OF_TEXT}")
     return end

@@ -17,14 +17,8 @@ Growth from rank 3 to rank 4 appends to all four factors, and no trained entry m
 The update B (L + U) A does not change at growth, because the new column of B is zero. That column
 still gets a gradient at once. When it has moved, L's new row and A's new row get one as well.
 
-In this file, in the order of the paper:
-
-    pack_triangle, unpack_triangle   how L and U lie in memory
-    LoRALinear                       equation, start and growth of one matrix (plain LoRA)
-    carry_state                      Adam's state at growth
-    TriAdaptLinear                   the triangular split L + U and its importance F
-    RankAllocator, SCHEDULES         score, dynamic threshold, budget: which matrices grow, and when
-    add_adapters ...                 adapters of a whole model: add, find, merge, save, load
+This file follows the paper: split and start of an adapter, growth, Adam's state, importance, then
+score, threshold and schedules, which decide what grows. Functions for whole models are at the end.
 """
 
 import copy
@@ -36,16 +30,15 @@ import torch
 from torch import Tensor, nn
 
 
-def pack_triangle(L: Tensor) -> Tensor:
-    """The r (r + 1) / 2 entries of a lower triangle (r, r), row by row."""
-    row, column = torch.tril_indices(*L.shape, device=L.device)
-    return L[row, column]
+def unpack_core(packed_L: Tensor, packed_U: Tensor, r: int) -> Tensor:
+    """The triangular split L + U, (r, r). Both triangles hold a diagonal, and these add up.
 
-
-def unpack_triangle(packed: Tensor, r: int) -> Tensor:
-    """The lower triangle (r, r) of r (r + 1) / 2 packed entries. Gradients flow through it."""
-    row, column = torch.tril_indices(r, r, device=packed.device)
-    return packed.new_zeros(r, r).index_put((row, column), packed)
+    packed_L has the r (r + 1) / 2 entries of L row by row, packed_U those of U column by column.
+    """
+    row, column = torch.tril_indices(r, r, device=packed_L.device)
+    L = packed_L.new_zeros(r, r).index_put((row, column), packed_L)
+    U = packed_U.new_zeros(r, r).index_put((column, row), packed_U)
+    return L + U
 
 
 class LoRALinear(nn.Module):
@@ -68,6 +61,7 @@ class LoRALinear(nn.Module):
         self.target_rank = target_rank
         self.scale = alpha / target_rank
         self.dropout = nn.Dropout(dropout)
+        self.train(base.training)
         self.start(rank)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
@@ -85,26 +79,22 @@ class LoRALinear(nn.Module):
         A = torch.empty(n, d_in).uniform_(-1, 1) / d_in**0.5
         return {"lora_B": torch.zeros(d_out, n), "lora_A": A}
 
-    def start(self, rank: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def start(self, rank: int, optimizer=None) -> None:
         """Begin with new tensors of this rank: the start is growth from rank 0."""
         self.rank = 0
-        self.lengths = {}  # entries of each tensor along its axis
+        self.lengths = dict.fromkeys(self.GROWS_ALONG, 0)  # entries of each along its axis
         for name, empty in self.new_entries(0).items():
             old = getattr(self, name, None)
             new = nn.Parameter(empty.to(self.base.weight.device, torch.float32))
-            if old is not None:
-                new.requires_grad_(old.requires_grad)
-                replace_parameter(optimizer, old, new)
+            new.requires_grad_(old is None or old.requires_grad)
+            replace_parameter(optimizer, old, new)
             setattr(self, name, new)
-            self.lengths[name] = 0
         self.grow(rank, optimizer)
 
     @torch.no_grad()
-    def grow(self, n: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Append n ranks. Each tensor becomes a new nn.Parameter that begins with the old entries.
-
-        optimizer: the one that trains this adapter. It continues with the new Parameters.
-        """
+    def grow(self, n: int, optimizer=None) -> None:
+        """Append n ranks. Each tensor becomes a new nn.Parameter that begins with the old entries,
+        and the optimizer, which must be given if it trains them, continues with the new one."""
         for name, entries in self.new_entries(n).items():
             axis = self.GROWS_ALONG[name]
             old = getattr(self, name)
@@ -129,10 +119,7 @@ class LoRALinear(nn.Module):
         W = self.base.weight
         return (W.float() + self.scale * left @ right).to(W.dtype)
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of the frozen layer."""
-        return self.base.bias
+    bias = property(lambda self: self.base.bias)  # for the same code
 
     def get_extra_state(self) -> Tensor:
         """The scale and the target rank, which torch saves and loads with the tensors."""
@@ -153,9 +140,8 @@ def carry_state(optimizer, old: Tensor, new: Tensor, entries: Tensor, axis: int)
     """Let an optimizer train `new` instead of `old`, with the moments of the old entries.
 
     New first moments are zero, and new second moments are the mean of their tensor. So a new entry
-    moves 0.1 of the learning rate at first, and never more than the learning rate. With zeros for
-    both, Adam would allow up to 6.6 times the rate, because it counts a new entry's age as its
-    tensor's (beta2 .999).
+    moves 0.1 of the learning rate at first, and never more than the rate. With zeros for both, Adam
+    would allow 6.6 times the rate (beta2 .999), because it takes the entry to be older than it is.
     """
     state = replace_parameter(optimizer, old, new)
     for key in MOMENTS & state.keys():
@@ -190,25 +176,20 @@ def check_optimizer(optimizer, adapters: dict[str, LoRALinear]) -> None:
                 raise ValueError(f"{kind} lacks {where}: create it after the adapters")
             for key, value in optimizer.state.get(p, {}).items():
                 if key != "step" and (key not in MOMENTS or value.shape != p.shape):
-                    raise ValueError(
-                        f"{kind}: its {key!r} of {where} cannot grow; use AdamW or SGD"
-                    )
+                    raise ValueError(f"{kind}: {key!r} of {where} cannot grow, use AdamW or SGD")
 
 
 class TriAdaptLinear(LoRALinear):
     """A frozen nn.Linear plus s B (L + U) A x: r (d_in + d_out) + r (r + 1) trained parameters.
 
-    lora_L and lora_U hold r (r + 1) / 2 entries each: L row by row, U column by column. So a new
-    rank is appended to both, as it is to A and B.
+    lora_L and lora_U are packed, so a new rank is appended to them, as it is to A and B.
     """
 
     GROWS_ALONG = {"lora_B": 1, "lora_L": 0, "lora_U": 0, "lora_A": 0}
 
     def core(self) -> Tensor:
-        """The triangular split L + U, (r, r). Both triangles hold a diagonal, and these add up."""
-        L = unpack_triangle(self.lora_L, self.rank)
-        U = unpack_triangle(self.lora_U, self.rank).T  # U's columns are packed like L's rows
-        return L + U
+        """L + U, (r, r)."""
+        return unpack_core(self.lora_L, self.lora_U, self.rank)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (L + U), (d_out, r), and A, (r, d_in). So the core meets B once, not every token."""
@@ -216,18 +197,14 @@ class TriAdaptLinear(LoRALinear):
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         """What n more ranks append: to B, A, and L + U, which starts as the identity."""
-        r = self.rank
-        identity = pack_triangle(torch.eye(r + n))
-        new_rows = identity[r * (r + 1) // 2 :]  # n rows: zeros and a closing 1
-        new_columns = torch.zeros_like(new_rows)
-        return super().new_entries(n) | {"lora_L": new_rows, "lora_U": new_columns}
+        lengths = range(self.rank + 1, self.rank + n + 1)  # of L's new rows, and U's new columns
+        rows = [torch.eye(length)[-1] for length in lengths]  # zeros and a closing 1
+        new_L = torch.cat([torch.zeros(0), *rows])
+        return super().new_entries(n) | {"lora_L": new_L, "lora_U": torch.zeros_like(new_L)}
 
     @torch.no_grad()
     def importance(self) -> Tensor:
-        """F = ||L + U||_F / r, the normalized Frobenius norm of the core.
-
-        The identity has F = 1 / sqrt(r), so growth alone lowers F.
-        """
+        """F = ||L + U||_F / r, the normalized Frobenius norm. Growth alone lowers it."""
         return self.core().norm() / self.rank
 
 
@@ -236,9 +213,8 @@ class RankAllocator:
     """Grows the matrices whose score reaches a dynamic threshold, until a budget is spent.
 
     The budget is the sum of the adapters' target ranks. The total rank never exceeds it, because
-    the last growth is cut to what is left. Override `scores` to let another signal decide.
-
-    Raises ValueError if nothing can grow with these settings, or if the optimizer does not fit.
+    the last growth is cut to what is left. Override `scores` to let another signal decide. Raises
+    ValueError if nothing can grow with these settings, or if the optimizer cannot.
     """
 
     adapters: dict[str, LoRALinear]  # by module name, from add_adapters or find_adapters
@@ -252,14 +228,13 @@ class RankAllocator:
     top_k: int = 1  # matrices that grow at an allocation of the fixed schedule
 
     def __post_init__(self):
-        self.threshold = math.nan  # of the last allocation
-        self.last_scores = {}  # of the last allocation
+        self.threshold, self.last_scores = math.nan, {}  # of the last allocation
         self.take_baseline()
         if not self.plan():
             raise ValueError(
-                f"nothing can grow: the total rank is {self.total_rank} of {self.budget}, with a "
-                f"warm-up of {self.warmup} and an allocation every {self.interval} of "
-                f"{self.total_steps} steps. Give add_adapters a smaller init_rank, or shorten these"
+                f"nothing can grow: total rank {self.total_rank} of {self.budget}, with warmup "
+                f"{self.warmup} and interval {self.interval} of {self.total_steps} steps; lower "
+                "init_rank, warmup or interval"
             )
         if not self.baseline and type(self).scores is RankAllocator.scores:
             raise ValueError("no importance: use the method triadapt, or another allocator")
@@ -291,7 +266,7 @@ class RankAllocator:
         """Call after optimizer step t = 1, 2, ..., total_steps. Returns the matrices that grew.
 
         Growth replaces Parameters: take lists of them (for clipping, an EMA) anew after it. Raises
-        ValueError if something is wrong that would spoil the training without a sign.
+        ValueError for what would spoil the training silently.
         """
         if not 1 <= t <= self.total_steps:
             raise ValueError(f"step {t}: must be from 1 to total_steps, {self.total_steps}")
@@ -305,11 +280,9 @@ class RankAllocator:
         # A matrix that no gradient has reached has no update. It does not grow.
         trained = [name for name, adapter in self.adapters.items() if adapter.factors()[0].any()]
         if not trained:
-            raise ValueError(
-                "no update yet: call step after optimizer.step; does the loss need them?"
-            )
-        scores = self.scores()
-        scores = {name: scores[name] for name in trained}
+            reasons = "is step called after optimizer.step, and does the loss use the adapters?"
+            raise ValueError(f"no matrix has been trained: {reasons}")
+        scores = {name: score for name, score in self.scores().items() if name in trained}
         if any(map(math.isnan, scores.values())):
             raise ValueError(f"a score is not a number: {scores}")
 
@@ -336,8 +309,7 @@ class RankAllocator:
 
     def plan(self) -> list[tuple[int, int]]:
         """(step, total rank after it) of each allocation, which does not depend on the scores."""
-        plan = []
-        total = self.total_rank
+        plan, total = [], self.total_rank
         for t in range(1, self.total_steps + 1):
             k = self.count(t, self.budget - total)
             if k > 0:
@@ -346,9 +318,8 @@ class RankAllocator:
         return plan
 
     def check(self) -> None:
-        """Raises ValueError if ranks changed without this allocator, or by check_optimizer."""
         if {name: a.rank for name, a in self.adapters.items()} != self.baseline_ranks:
-            raise ValueError("other ranks than the allocator's: load the adapters before its state")
+            raise ValueError("the ranks changed: load the adapters before the allocator's state")
         check_optimizer(self.optimizer, self.adapters)
 
     def state_dict(self) -> dict:
@@ -362,9 +333,8 @@ class RankAllocator:
         self.check()
 
 
-# How many matrices may grow at an allocation, k, before it is rounded down. The k-th largest score
-# is the threshold. Q: ranks of the budget that are left. m: progress since the warm-up, 0 to 1.
-# The paper calls the exponential schedule non-linear.
+# k, how many matrices may grow at an allocation, before it is rounded down. Q: ranks of the budget
+# that are left. m: progress since the warm-up, 0 to 1. The paper calls exponential non-linear.
 SCHEDULES = {
     "linear": lambda Q, m, top_k: Q * m,
     "exponential": lambda Q, m, top_k: math.exp(m * math.log(Q)),
@@ -377,24 +347,18 @@ ALLOCATORS = {"importance": RankAllocator}
 
 
 def add_adapters(
-    model: nn.Module,
-    target_modules,
-    method="triadapt",
-    rank=8,
-    init_rank=None,
-    alpha=16.0,
-    dropout=0.0,
+    model, target_modules, method="triadapt", rank=8, init_rank=None, alpha=16.0, dropout=0.0
 ) -> dict[str, LoRALinear]:
-    """Put an adapter around each target module, freeze everything else, return {name: adapter}.
+    """Put an adapter around each target module, in place, and freeze everything else of the model.
 
-    model: changed in place.
     target_modules: a list of module names by their ends (["q", "attn.v"]), or a regular expression
         for these ends ("q|v"). They must be nn.Linear, or a subclass of it.
     method: a key of METHODS.
     rank: the target rank of each matrix. It fixes the scale alpha / rank, and the budget.
-    init_rank: the rank of each matrix at the start. None means `rank`, so nothing can grow.
+    init_rank: the rank of each matrix at the start. None means `rank`: nothing can grow.
 
-    Raises ValueError for a target that no linear layer has, ranks out of range, or adapted models.
+    Returns {module name: adapter} in module order. Raises ValueError for a target that is missing,
+    a rank out of range, and a model that has adapters already.
     """
     init_rank = rank if init_rank is None else init_rank
     if not 1 <= init_rank <= rank:
@@ -404,22 +368,21 @@ def add_adapters(
 
     modules = model.named_modules(remove_duplicate=False)  # a layer may have two names
     linears = {name: m for name, m in modules if isinstance(m, nn.Linear) and name}
-    by_name = not isinstance(target_modules, str)
-    chosen = set()
-    for target in target_modules if by_name else [target_modules]:
-        pattern = re.compile(rf"(.*\.)?({re.escape(target) if by_name else target})")
-        matches = [name for name in linears if pattern.fullmatch(name)]
+    is_regex = isinstance(target_modules, str)
+    patterns = [target_modules] if is_regex else map(re.escape, target_modules)
+    targets = set()
+    for pattern in patterns:
+        matches = [name for name in linears if re.fullmatch(rf"(.*\.)?({pattern})", name)]
         if not matches:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-            raise ValueError(f"target module {target}: no such linear layer; there are: {known}")
-        chosen.update(linears[name] for name in matches)
+            raise ValueError(f"target module {pattern}: not found; linear layers are {known}")
+        targets.update(linears[name] for name in matches)
 
     model.requires_grad_(False)
     adapters = {}
-    for linear in linears.values():  # in module order
-        if linear in chosen and linear not in adapters:
+    for linear in linears.values():  # in module order, which breaks ties
+        if linear in targets and linear not in adapters:
             adapters[linear] = METHODS[method](linear, init_rank, rank, alpha, dropout)
-            adapters[linear].train(linear.training)
     replace_modules(model, adapters)
     return find_adapters(model)
 
@@ -443,30 +406,24 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     The frozen W itself does not change, because other modules may share it. Raises ValueError, and
     changes nothing, if there are no adapters, or if a layer computes more than W x + b with its W.
     """
-    adapters = find_adapters(model)
-    if not adapters:
-        raise ValueError("the model has no adapters to merge")
-    for name, adapter in adapters.items():
-        base = adapter.base
-        changed = "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks
-        own_weight = type(base._parameters.get("weight")) is nn.Parameter
-        if type(base).forward is not nn.Linear.forward or changed or not own_weight:
-            kind = type(base).__name__
-            raise ValueError(f"{name}: cannot be merged, because its {kind} is not a plain W x + b")
-
     merged = {}
-    for adapter in adapters.values():
-        merged[adapter] = copy.deepcopy(adapter.base)
+    for name, adapter in find_adapters(model).items():
+        base = adapter.base
+        plain = type(base).forward is nn.Linear.forward and "forward" not in vars(base)
+        hooked = base._forward_hooks or base._forward_pre_hooks
+        if not plain or hooked or type(base._parameters.get("weight")) is not nn.Parameter:
+            raise ValueError(f"{name}: cannot be merged, it is not W x + b alone: {base}")
+        merged[adapter] = copy.deepcopy(base)
         merged[adapter].weight.copy_(adapter.weight)
+    if not merged:
+        raise ValueError("the model has no adapters to merge")
     replace_modules(model, merged)
     return model
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that training changes: {name: tensor}, for torch.save.
-
-    It has the adapters with scale and target rank, other trained parameters, and buffers, such as
-    BatchNorm statistics.
+    """Copies of all that training changes: adapters with their scales and target ranks, other
+    trained parameters, and buffers, such as BatchNorm statistics. {name: tensor}, for torch.save.
     """
     kept = {name for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
     kept |= {name for name, _ in model.named_buffers()}
@@ -474,9 +431,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if name in kept}
 
 
-def load_adapter_state_dict(
-    model: nn.Module, state: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None
-) -> None:
+def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], optimizer=None) -> None:
     """Load what adapter_state_dict returned into a model with the same target modules and method.
 
     Each adapter gets the saved rank, scale and target rank. A new rank means new Parameters, so
@@ -485,10 +440,7 @@ def load_adapter_state_dict(
     """
     odd = adapter_state_dict(model).keys() ^ state.keys()
     if odd:
-        where = "state" if min(odd) in state else "model"
-        raise ValueError(
-            f"{min(odd)} is only in the {where}: use the same model and target modules"
-        )
+        raise ValueError(f"{min(odd)} is only in model or state: use the same base and targets")
     for name, adapter in find_adapters(model).items():
         tensor, axis = next(iter(adapter.GROWS_ALONG.items()))
         rank = state[f"{name}.{tensor}"].shape[axis]
