@@ -279,7 +279,7 @@ class Run:
         self.note(
             "start",
             command=shlex.join(sys.argv),
-            versions={"python": sys.version.split()[0], "torch": torch.__version__},
+            versions={"python": sys.version.split()[0], "torch": str(torch.__version__)},
             device=str(self.device),
             settings=vars(args),
             parameters=parameters,
