@@ -5,17 +5,13 @@ README. Growth is tested on the smallest layers that can break it. Tests of shap
 device "meta", where a tensor that was left on the CPU raises.
 """
 
-import ast
 import copy
 import json
 import math
-import os
 import random
-import re
-import subprocess
 import sys
-import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,12 +21,10 @@ from torch.nn.utils import parametrizations
 
 import data
 import train
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig
 from triadapt import (
-    ALLOCATORS,
     METHODS,
     SCHEDULES,
-    LoRALinear,
     RankAllocator,
     TriAdaptLinear,
     adapter_state_dict,
@@ -90,8 +84,9 @@ def fit(net: nn.Module, optimizer, steps: int = 1) -> None:
 
 
 def allocator_of(adapters: dict, optimizer, **settings) -> RankAllocator:
-    defaults = {"total_steps": 20, "warmup": 2, "interval": 2}
-    return RankAllocator(adapters, optimizer, **defaults | settings)
+    return RankAllocator(
+        adapters, optimizer, **{"total_steps": 20, "warmup": 2, "interval": 2} | settings
+    )
 
 
 def many(count: int, rank: int = 2, target_rank: int = 4, **settings) -> RankAllocator:
@@ -182,10 +177,8 @@ def test_dropout_in_training_only_and_merging(device, method):
 def test_half_precision_base_keeps_float32_adapters(device, dtype):
     net = small_net(device).to(dtype)
     torch.set_default_dtype(dtype)
-    try:
-        adapters = add_adapters(net, ["first", "second"], rank=4, init_rank=2)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    adapters = add_adapters(net, ["first", "second"], rank=4, init_rank=2)
+    torch.set_default_dtype(torch.float32)
     optimizer = adamw(net)
     before = loss_of(net).item()
     for step in range(40):
@@ -195,46 +188,6 @@ def test_half_precision_base_keeps_float32_adapters(device, dtype):
     assert loss_of(net).item() < 0.8 * before
     assert {p.dtype for p in trained(net)} == {torch.float32}
     assert merge_adapters(net).first.weight.dtype == dtype
-
-
-def test_shared_layers_and_weights():
-    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    net["c"] = net["a"]  # one layer, two names
-    net["b"].weight = net["a"].weight
-    x = torch.ones(4)
-    shared = net["b"](x)
-    assert [*add_adapters(net, ["a"], rank=2)] == ["a"]
-    assert net["c"] is net["a"]
-    nn.init.ones_(net["a"].lora_B)
-    expected = net["c"](x)
-    merge_adapters(net)
-    assert net["c"] is net["a"]
-    torch.testing.assert_close(net["a"](x), expected)
-    assert torch.equal(net["b"](x), shared)  # merging left the shared weight as it was
-
-
-def test_targets_are_names_or_a_pattern():
-    def names(targets):
-        return [*add_adapters(GPT(GPTConfig(16, 8, 2, 1, 4)), targets, rank=1)]
-
-    assert names(["q"]) == ["blocks.0.q", "blocks.1.q"]
-    assert names(["v", "1.q"]) == ["blocks.0.v", "blocks.1.q", "blocks.1.v"]  # module order
-    assert names("fc|proj") == ["blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj"]
-    assert names(r"blocks\.0\.(q|o)") == ["blocks.0.q", "blocks.0.o"]
-
-
-def test_attention_reads_the_adapted_weight():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    add_adapters(layer, ["out_proj", "linear1"], rank=2)
-    x = torch.randn(1, 3, 8)
-    before = layer(x)
-    for adapter in find_adapters(layer).values():
-        nn.init.normal_(adapter.lora_B)
-    changed = layer(x)
-    assert not torch.allclose(changed, before)
-    torch.testing.assert_close(layer.eval()(x), changed)  # also on torch's path for evaluation
-    torch.testing.assert_close(merge_adapters(layer)(x), changed)
 
 
 # Growth.
@@ -287,43 +240,23 @@ def test_new_entries_learn_within_two_steps(device):
 
 
 @each_device
-@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.9, 0.999)])
-def test_new_entries_start_at_a_tenth_of_the_rate(device, betas):
+@pytest.mark.parametrize("beta2", [0.99, 0.999])
+def test_new_entries_start_at_a_tenth_of_the_rate(device, beta2):
     net, adapters = adapted(device)
-    optimizer = adamw(net, betas=betas)
+    optimizer = adamw(net, betas=(0.9, beta2))
     fit(net, optimizer, 400)
     mean = optimizer.state[adapters["first"].lora_B]["exp_avg_sq"].mean()
     adapters["first"].grow(1, optimizer)
     B = adapters["first"].lora_B  # (10, 3), and its last column is new
-    state = optimizer.state[B]
-    assert not state["exp_avg"][:, 2].any()
-    torch.testing.assert_close(state["exp_avg_sq"][:, 2], mean.expand(10))
-
-    size = (mean / (1 - betas[1] ** state["step"])).sqrt().item()  # of the gradients that Adam saw
-    speeds = []
+    size = (mean / (1 - beta2 ** optimizer.state[B]["step"])).sqrt().item()  # that Adam saw
+    moves = []
     for _ in range(60):
-        for p in trained(net):
-            p.grad = torch.full_like(p, size)
+        B.grad = torch.full_like(B, size)
         before = B.detach().clone()
         optimizer.step()
-        speeds.append((B.detach() - before)[:, 2].abs().max().item() / 1e-2)
-    assert speeds[:2] == pytest.approx([0.1, 0.19], rel=0.01)
-    assert speeds == sorted(speeds) and 0.99 < speeds[-1] <= 1.001
-
-
-def test_other_optimizers_grow():
-    for make in (
-        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-        lambda params: torch.optim.RMSprop(params),
-        lambda params: torch.optim.Adam(params, amsgrad=True),
-    ):
-        net, adapters = adapted()
-        allocator = allocator_of(adapters, make(trained(net)))
-        for t in range(1, 21):
-            fit(net, allocator.optimizer)
-            allocator.step(t)
-        assert allocator.total_rank == allocator.budget == 8
-        assert all(p.isfinite().all() for p in trained(net))
+        moves.append((B.detach() - before)[:, 2].abs().max().item() / 1e-2)
+    assert moves[:2] == pytest.approx([0.1, 0.19], rel=0.01)
+    assert moves == sorted(moves) and 0.99 < moves[-1] <= 1.001
 
 
 # The budget.
@@ -333,25 +266,15 @@ def test_budget_is_reached_never_exceeded_and_planned():
     rng = random.Random(0)
     reached = 0
     for _ in range(150):
-        allocator = many(
-            count=rng.randint(1, 7),
-            rank=rng.randint(1, 3),
-            target_rank=rng.randint(4, 8),
-            total_steps=rng.randint(49, 80),
-            warmup=rng.randint(0, 9),
-            interval=rng.randint(1, 5),
-            schedule=rng.choice([*SCHEDULES]),
-            rank_step=rng.randint(1, 5),
-            top_k=rng.randint(1, 9),
-        )
-        adapters = allocator.adapters
-        allocator.scores = lambda names=adapters: {name: rng.randint(0, 2) for name in names}
+        ranges = {"count": (1, 7), "rank": (1, 3), "target_rank": (4, 8), "total_steps": (49, 80)}
+        ranges |= {"warmup": (0, 9), "interval": (1, 5), "rank_step": (1, 5), "top_k": (1, 9)}
+        settings = {name: rng.randint(*limits) for name, limits in ranges.items()}
+        allocator = many(schedule=rng.choice([*SCHEDULES]), **settings)
+        names = allocator.adapters
+        allocator.scores = lambda names=names: {name: rng.randint(0, 2) for name in names}
         plan = allocator.plan()
-        seen = []
-        for t in range(1, allocator.total_steps + 1):
-            if allocator.step(t):
-                seen.append((t, allocator.total_rank))
-        assert seen == plan
+        steps = range(1, allocator.total_steps + 1)
+        assert plan == [(t, allocator.total_rank) for t in steps if allocator.step(t)]
         assert allocator.total_rank <= allocator.budget
         reached += allocator.total_rank == allocator.budget
     assert reached > 100
@@ -468,27 +391,16 @@ def test_plain_lora_grows_without_importance():
 # Misuse that would give a wrong result without a word.
 
 
-def test_settings_under_which_nothing_grows_are_refused():
-    net, adapters = adapted(init_rank=4)
-    with pytest.raises(ValueError, match="nothing can grow: total rank 8 of 8"):
-        allocator_of(adapters, adamw(net))
-    for settings in ({"warmup": 20}, {"warmup": 10, "interval": 11}):
-        net, adapters = adapted()
-        with pytest.raises(ValueError, match="nothing can grow"):
+def test_growth_that_cannot_be_is_refused():
+    for adapter, settings in [(4, {}), (2, {"warmup": 20}), (2, {"warmup": 10, "interval": 11})]:
+        net, adapters = adapted(init_rank=adapter)
+        with pytest.raises(ValueError, match="nothing can grow: total rank . of 8"):
             allocator_of(adapters, adamw(net), **settings)
-
-
-def test_steps_are_counted_from_one():
     net, adapters = adapted()
     allocator = allocator_of(adapters, adamw(net))
     for t in (0, 21):
         with pytest.raises(ValueError, match=f"step {t}: must be from 1 to total_steps, 20"):
             allocator.step(t)
-
-
-def test_growth_before_any_training_is_refused():
-    net, adapters = adapted()
-    allocator = allocator_of(adapters, adamw(net))
     with pytest.raises(ValueError, match="no matrix has been trained: .*after optimizer.step"):
         allocator.step(4)
     assert allocator.total_rank == 4
@@ -543,28 +455,21 @@ def test_optimizers_with_other_state_are_refused(kind):
     assert optimizer.param_groups[0]["params"] == trained(net)
 
 
-def test_state_of_another_shape_is_refused():
+def test_optimizer_state_that_does_not_fit_is_refused():
     net, adapters = adapted()
     optimizer = adamw(net)
     fit(net, optimizer)
+    wrapper = SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups)
+    wrapper.state = optimizer.state
+    allocator_of(adapters, wrapper)  # like accelerate's
+    wrapper.state = {}
+    with pytest.raises(ValueError, match="wraps another one"):
+        allocator_of(adapters, wrapper)
     other_net, other_adapters = adapted(init_rank=3)
     other = adamw(other_net)
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="AdamW: 'exp_avg' of first.lora_B cannot grow"):
         allocator_of(other_adapters, other)
-
-
-def test_wrappers_of_optimizers():
-    class Wrapper:
-        def __init__(self, optimizer, state):
-            self.optimizer, self.state = optimizer, state
-            self.param_groups = optimizer.param_groups
-
-    net, adapters = adapted()
-    optimizer = adamw(net)
-    allocator_of(adapters, Wrapper(optimizer, optimizer.state))  # like accelerate's
-    with pytest.raises(ValueError, match="Wrapper wraps another one"):
-        allocator_of(adapters, Wrapper(optimizer, {}))
 
 
 def test_a_sharded_tensor_cannot_grow():
@@ -590,38 +495,34 @@ def test_mistakes_in_add_adapters_are_named():
         add_adapters(net, "second")
 
 
-class Clipped(nn.Linear):
-    """A layer that computes more than W x + b."""
-
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-def computed(layer: nn.Linear, kind: str) -> nn.Module:
+def spoil(layer: nn.Linear, kind: str) -> nn.Module:
     """A layer that computes its weight, or more than W x + b."""
-    if kind == "weight_norm":
+    if kind == "computed weight":
         return parametrizations.weight_norm(layer)
     if kind == "hook":
         layer.register_forward_hook(lambda module, inputs, output: output.relu())
-    elif kind == "packed":
+    if kind == "own forward":
+        layer.forward = lambda x: nn.Linear.forward(layer, x).relu()
+    if kind == "packed weight":
         layer.weight = type("Packed", (nn.Parameter,), {})(layer.weight.detach())
-    elif kind == "forward":
-        layer.forward = lambda x: x
-    else:
-        return Clipped(layer.in_features, layer.out_features)
+    if kind == "subclass":
+        layer.__class__ = type("ReLULinear", (nn.Linear,), {"forward": lambda self, x: x})
     return layer
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "hook", "packed", "forward", "subclass"])
+KINDS = ["computed weight", "hook", "own forward", "packed weight", "subclass"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_cannot_be_merged_are_named(kind):
     net = small_net()
-    net.second = computed(net.second, kind)
+    net.second = spoil(net.second, kind)
+    with pytest.raises(ValueError, match="no adapters to merge"):
+        merge_adapters(net)
     add_adapters(net, ["first", "second"])
     with pytest.raises(ValueError, match="second: cannot be merged"):
         merge_adapters(net)
     assert [*find_adapters(net)] == ["first", "second"]  # nothing was changed
-    with pytest.raises(ValueError, match="no adapters to merge"):
-        merge_adapters(small_net())
 
 
 # Saving and loading.
@@ -630,54 +531,36 @@ def test_layers_that_cannot_be_merged_are_named(kind):
 @pytest.mark.parametrize("settings", [{"rank": 16}, {"alpha": 99}, {"init_rank": 1}])
 def test_loading_restores_rank_scale_and_target(settings):
     net, adapters = adapted()
+    net.add_module("norm", nn.BatchNorm1d(5))  # trained as well, and it has statistics
     optimizer = adamw(net)
     fit(net, optimizer, 5)
     adapters["first"].grow(1, optimizer)
     fit(net, optimizer, 5)
     state = adapter_state_dict(net)
-    kept = {name: tensor.clone() for name, tensor in state.items()}
+    kept = copy.deepcopy(state)
+    assert not any("base" in name or "emb" in name for name in state)
 
     fresh, adapters = adapted(**{"init_rank": 4} | settings)
+    fresh.add_module("norm", nn.BatchNorm1d(5))
     optimizer = adamw(fresh)
     load_adapter_state_dict(fresh, state, optimizer)
-    assert torch.equal(loss_of(fresh), loss_of(net))
+    assert torch.equal(loss_of(fresh.eval()), loss_of(net.eval()))
     assert [(a.rank, a.target_rank, a.scale) for a in adapters.values()] == [(3, 4, 4), (2, 4, 4)]
-    assert sorted(map(id, optimizer.param_groups[0]["params"])) == sorted(map(id, trained(fresh)))
+    assert {*optimizer.param_groups[0]["params"]} == {*trained(fresh)}
     assert allocator_of(adapters, optimizer).budget == 8
     fit(fresh, optimizer, 3)
     assert all(torch.equal(state[name], kept[name]) for name in kept)  # these are copies
 
 
-def test_plain_load_state_dict_reports_other_ranks():
+def test_states_that_do_not_fit_are_refused():
     net, _ = adapted(alpha=99)
     same, adapters = adapted()
     same.load_state_dict(net.state_dict())
     assert adapters["first"].scale == 99 / 4
     with pytest.raises(RuntimeError, match="size mismatch for first.lora_B"):
         adapted(init_rank=3)[0].load_state_dict(net.state_dict())
-
-
-def test_loading_into_another_model_is_refused():
-    state = adapter_state_dict(adapted()[0])
-    with pytest.raises(ValueError, match="first.lora_L is only in model or state"):
-        load_adapter_state_dict(adapted(method="lora")[0], state)
-    with pytest.raises(ValueError, match="use the same base and targets"):
-        load_adapter_state_dict(small_net(), state)
-
-
-def test_statistics_and_other_trained_parameters_are_saved():
-    def make():
-        net, _ = adapted()
-        net.add_module("norm", nn.BatchNorm1d(5))
-        return net
-
-    net = make()
-    fit(net, adamw(net), 5)
-    fresh = make()
-    load_adapter_state_dict(fresh, adapter_state_dict(net))
-    assert torch.equal(fresh.norm.running_mean, net.norm.running_mean)
-    assert torch.equal(fresh.norm.weight, net.norm.weight)
-    assert not any("base.weight" in name for name in adapter_state_dict(net))
+    with pytest.raises(ValueError, match="first.lora_L is only in model or state: use the same"):
+        load_adapter_state_dict(adapted(method="lora")[0], adapter_state_dict(net))
 
 
 def test_an_allocator_knows_the_ranks_of_its_state():
@@ -702,94 +585,22 @@ def test_an_allocator_knows_the_ranks_of_its_state():
 # The model and its data.
 
 
-@each_device
-def test_gpt_is_causal_and_follows_its_seed(device):
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(50, 16, 2, 2, 8)).to(device)
-    ids = torch.randint(50, (3, 16), device=device)
-    changed = ids.clone()
-    changed[:, 9:] = 0
-    torch.testing.assert_close(gpt(ids)[:, :9], gpt(changed)[:, :9])
-    assert not torch.allclose(gpt(ids)[:, 9:], gpt(changed)[:, 9:])
-    one, again, other = (generate(gpt, [1, 2], length=40, seed=seed) for seed in (0, 0, 1))
-    assert one == again != other
-    assert one[:2] == [1, 2] and len(one) == 42  # longer than the context
-
-
-def test_gpt_computes_shapes_on_meta():
-    gpt = GPT(GPTConfig(50, 16, 2, 2, 8)).to("meta")
-    add_adapters(gpt, "q|k|v|o|fc|proj", rank=4, init_rank=2)
-    for adapter in find_adapters(gpt).values():
-        adapter.grow(1)
-    assert gpt(torch.zeros(3, 7, dtype=torch.long, device="meta")).shape == (3, 7, 50)
-
-
-def test_the_corpora_are_there():
-    code = data.open_task("code").texts
-    assert 5e6 < sum(map(len, code)) < 2e7 and len(code) > 300
-    paragraphs = "\n\n".join(data.open_task("prose").texts).split("\n\n")
-    assert len(paragraphs) == len({*paragraphs})  # a repeated one could leak into the test split
-    assert sum(map(len, paragraphs)) > 2e5
-
-
-def test_documents_stay_in_one_split(home):
-    task = data.open_task("text.txt")
-    assert "".join(task.texts) == Path("text.txt").read_text(encoding="utf-8")
-    tokenizer = train.open_base("tiny.pt")[1]
-    examples = task.examples(tokenizer, 16)
-    x, y = data.batch(examples["train"], [0, 5, 17, 2])
-    assert x.shape == (4, 16)
-    assert torch.equal(x[:, 1:], y[:, :-1])
-    assert len(examples["train"]) == len(examples["train"].tokens) - 16  # from any token on
-
-    tokens = examples["val"].tokens
-    read = data.batch(examples["val"], range(len(examples["val"])))[1].flatten()
-    assert torch.equal(read, tokens[1 : len(read) + 1].long())  # each token once
-    assert len(tokens) - len(read) <= 16
-    ids = torch.cat([windows.tokens for windows in examples.values()]).tolist()
-    pieces = tokenizer.decode(ids, skip_special_tokens=False).split(data.END_OF_TEXT)
-    assert sorted(pieces) == sorted([*task.texts, ""])  # each of them is closed
-
-
-def test_padding_does_not_leak():
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(50, 16, 2, 2, 16))
-    examples = [(torch.arange(n), torch.full((n,), data.NO_TARGET)) for n in (3, 9, 5)]
-    for inputs, targets in examples:
-        targets[-1] = inputs[-1] + 1
-    inputs, targets = data.batch(examples, range(3))
-    assert inputs.shape == targets.shape == (3, 9)
-    together = data.Task("", []).loss(gpt(inputs), targets)
-    alone = [F.cross_entropy(gpt(x[None])[0, -1:], y[-1:]) for x, y in examples]
-    torch.testing.assert_close(together, sum(alone))
-
-
 # train.py.
 
 TINY = "--base tiny.pt --device cpu --data text.txt --steps 16 --batch-size 4 --eval-interval 8"
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A folder with a text and a tiny base."""
-    folder = tmp_path_factory.mktemp("home")
-    words = random.Random(0).choices(["grow", "rank", "über", "core", "norm,\n", "if"], k=3000)
-    (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
-    torch.manual_seed(0)
-    tokenizer = data.train_tokenizer([" ".join(words)], 300)
-    gpt = GPT(GPTConfig(300, 16, 1, 2, 16))
-    train.save_file(folder / "tiny.pt", train.base_file(gpt, tokenizer))
-    return folder
-
-
 @pytest.fixture
-def home(folder, tmp_path, monkeypatch):
-    """An empty working folder with copies of these files."""
-    for name in ("text.txt", "tiny.pt"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+def home(tmp_path, monkeypatch):
+    """A working folder with a text and a tiny base."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    return tmp_path
+    words = random.Random(0).choices(["grow", "rank", "über", "core", "norm,\n", "if"], k=3000)
+    Path("text.txt").write_text(" ".join(words), encoding="utf-8")
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(300, 16, 1, 2, 16))
+    base = train.base_file(gpt, data.train_tokenizer([" ".join(words)], 300))
+    train.save_file(Path("tiny.pt"), base)
 
 
 def run(line: str) -> train.Run:
@@ -842,15 +653,6 @@ def test_a_run_writes_log_adapter_and_figure(home):
     assert shapes == end["ranks"]
 
 
-def test_the_console_is_short(home, capsys):
-    run("--base tiny.pt --data text.txt --steps 20 --out out")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 30
-    assert max(map(len, lines)) <= 80
-    assert len([line for line in lines if re.match(r"step .* rank .* s left$", line)]) == 10
-    assert lines[-1] == f"look at  {Path('out/run.png')}"
-
-
 @pytest.mark.parametrize(
     "options",
     ["--method full", "--method lora", "--schedule none"] + [f"--schedule {s}" for s in SCHEDULES],
@@ -860,12 +662,6 @@ def test_every_method_and_schedule_learns(home, options):
     assert finished.log[-1]["test_loss"] < finished.log[0]["test_loss"] - 0.03
     assert finished.log[-1]["total_rank"] == 8 * len(finished.adapters)
     assert Path(finished.args.out, "run.png").exists()
-
-
-def test_two_equal_runs_give_equal_bits(home):
-    run(f"{TINY} --out a")
-    run(f"{TINY} --out b")
-    assert_equal_bits("a", "b")
 
 
 def assert_equal_bits(one: str, other: str) -> None:
@@ -939,13 +735,17 @@ def test_resume_refuses_other_settings_data_and_base(home, monkeypatch, capsys):
     assert read_log("out")[-1]["kind"] == "end"
 
 
-def test_no_run_is_overwritten(home, capsys):
+def test_no_run_is_overwritten(home, monkeypatch, capsys):
     first, second = run(f"{TINY} --steps 2"), run(f"{TINY} --steps 2 --seed 1")
     names = ["runs/triadapt-linear-1", "runs/triadapt-linear-2"]
     assert [first.args.out, second.args.out] == [str(Path(name)) for name in names]
     assert read_log(names[0])[0]["settings"]["seed"] == 0
     line = refusal(f"{TINY} --out {names[0]}", capsys)
     assert "not empty; give a new folder, or --resume" in line
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(Path("me").absolute()))
+    run(f"{TINY} --steps 2 --out=~/x")  # no shell expands this ~
+    assert Path("me/x/run.png").exists() and not Path("~").exists()
 
 
 def test_files_are_replaced_whole(home, monkeypatch):
@@ -967,113 +767,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(home):
         run(f"{TINY} --method full --lr 1e30 --eval-interval 1 --out out")
     assert torch.load("out/checkpoint.pt")["step"] >= 0
     read_log("out")
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ("--data nothing.txt", "--data nothing.txt: not a file, and not one of prose, code"),
-        ("--data tiny.pt", "data tiny.pt: not UTF-8 text"),
-        ("--data short.txt", "more text, or a --context below"),
-        ("--base nothing.pt", "--base nothing.pt: not a file, and not one of scratch"),
-        ("--base runs/adapter.pt", "holds no model; give the model.pt of --method full"),
-        ("--context 17", "--context 17: this base allows 16"),
-        ("--target-modules qq", "target module qq: not found; linear layers are q, k, v"),
-        ("--init-rank 9", "init_rank 9: must be from 1 to the rank, 8"),
-        ("--rank 1", "nothing can grow: total rank 6 of 6"),
-        ("--method lora --schedule linear", "no importance: use the method triadapt"),
-        ("--allocator best", "--allocator best: must be one of importance"),
-        ("--method full --schedule linear", "nothing can grow"),
-        ("--schedule quadratic", "invalid choice: 'quadratic'"),
-    ],
-)
-def test_a_mistake_ends_in_one_line(home, capsys, options, words):
-    Path("short.txt").write_text("short", encoding="utf-8")
-    Path("runs").mkdir()
-    train.save_file(Path("runs/adapter.pt"), {})
-    assert words in refusal(f"{TINY} --out out {options}", capsys)
-    assert not Path("out").exists()
-
-
-def test_a_fork_adds_settings_allocators_and_bases(home, monkeypatch, capsys):
-    class Chosen(RankAllocator):
-        argument: str = ""
-
-        def __init__(self, adapters, optimizer, argument, **settings):
-            super().__init__(adapters, optimizer, **settings)
-            self.argument = argument
-
-        def scores(self):
-            return {name: float(name.endswith(self.argument)) for name in self.adapters}
-
-    class LoRAPlus(LoRALinear):
-        LR_RATIOS = {"lora_B": 16.0}
-
-    monkeypatch.setitem(ALLOCATORS, "chosen", Chosen)
-    monkeypatch.setitem(METHODS, "lora+", LoRAPlus)
-    parser = train.make_parser("python fork.py")
-    parser.add_argument("--note", default="none")
-    options = f"{TINY} --method lora+ --allocator chosen:proj --top-k 1 --note hello --out out"
-    run_of_fork = train.main(options.split(), parser=parser)
-    ranks = run_of_fork.log[-1]["ranks"]
-    assert max(ranks, key=ranks.get) == "blocks.0.proj"
-    assert run_of_fork.log[0]["settings"]["note"] == "hello"
-    rates = {p: g["lr"] for g in run_of_fork.optimizer.param_groups for p in g["params"]}
-    for adapter in run_of_fork.adapters.values():  # before and after growth
-        assert rates[adapter.lora_B] == pytest.approx(16 * rates[adapter.lora_A])
-    with pytest.raises(SystemExit):
-        train.main(["--resume", "out", "--note", "bye"], parser=parser)
-    assert "note bye: the run to resume has hello" in capsys.readouterr().err
-
-
-def test_scratch_and_full_training_make_a_base(home):
-    run(f"{TINY} --base scratch --context 16 --method full --out base")
-    assert "adapter.pt" not in os.listdir("base")
-    finished = run(f"{TINY} --base base/model.pt --context 16 --out out")
-    assert finished.log[0]["test_loss"] == pytest.approx(read_log("base")[-1]["test_loss"])
-
-
-def test_the_learning_rate_rises_and_falls():
-    curve = [train.learning_rate(step, 100, 1.0) for step in range(1, 101)]
-    assert curve[:3] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert curve[2:] == sorted(curve[2:], reverse=True)
-    assert curve[-1] == pytest.approx(0.1)
-
-
-def test_a_tilde_is_the_home_folder(home, monkeypatch):
-    monkeypatch.setenv("HOME", str(home / "me"))
-    monkeypatch.setenv("USERPROFILE", str(home / "me"))
-    Path("me").mkdir()
-    Path("text.txt").rename("me/text.txt")
-    run(f"{TINY} --steps 2 --data ~/text.txt --out=~/runs/x")
-    assert Path("me/runs/x/run.png").exists() and not Path("~").exists()
-
-
-def test_a_run_works_in_a_thread(home):
-    thread = threading.Thread(target=run, args=[f"{TINY} --steps 2 --out out"])
-    thread.start()
-    thread.join()
-    assert Path("out/run.png").exists()
-
-
-def test_the_command_runs_from_any_folder(home):
-    # base.pt lies next to train.py. The notebook's backend is not installed, and the locale is C.
-    odd = {"MPLBACKEND": "module://not_installed", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    command = [sys.executable, HERE / "train.py", *"--data text.txt --steps 2 --out out".split()]
-    command += ["--context", "16"]
-    done = subprocess.run(command, env=os.environ | odd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert Path("out/run.png").exists()
-    assert "from base.pt" in done.stdout
-
-
-def test_the_core_imports_what_the_card_allows():
-    allowed = {*sys.stdlib_module_names, "torch", "numpy", "tokenizers"}
-    own = {"train.py": {"data", "model", "triadapt", "plots.run"}}
-    for name in ("triadapt.py", "model.py", "data.py", "train.py"):
-        for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                modules = [node.module]
-            for module in modules:
-                assert module.partition(".")[0] in allowed or module in own.get(name, ()), name
