@@ -78,9 +78,9 @@ class Task:
         """What is reported of a split beside its mean loss. `collected` has an item for a batch."""
         return {"perplexity": math.exp(min(loss, 700))}
 
-    def prompt(self, examples: Sequence[Example]) -> list[int] | None:
-        """The token ids that a sample continues, or None for a task that writes no text."""
-        return examples[0][0][:16].tolist()
+    def sample(self, write, tokenizer: Tokenizer, examples: Sequence[Example]) -> str | None:
+        """How the model continues a text; `write` appends tokens to ids. None if it writes none."""
+        return tokenizer.decode(write(examples[0][0][:16].tolist()))
 
 
 class Windows(Sequence):
@@ -128,10 +128,8 @@ def code_files() -> Iterator[tuple[Path, str]]:
 
 
 def prose_documents(size: int = 20) -> list[str]:
-    """The language reference, `size` paragraphs a document.
-
-    Each paragraph comes once, because a repeated one could leak from training into the test split.
-    """
+    """The language reference, `size` paragraphs a document. Each paragraph comes once, because a
+    repeated one could leak from training into the test split."""
     paragraphs = {}
     for topic in sorted(topics):
         for paragraph in topics[topic].split("\n\n"):

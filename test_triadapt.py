@@ -394,7 +394,7 @@ def test_plain_lora_grows_without_importance():
 def test_growth_that_cannot_be_is_refused():
     for adapter, settings in [(4, {}), (2, {"warmup": 20}), (2, {"warmup": 10, "interval": 11})]:
         net, adapters = adapted(init_rank=adapter)
-        with pytest.raises(ValueError, match="nothing can grow: total rank . of 8"):
+        with pytest.raises(ValueError, match="nothing can grow with total rank . of 8"):
             allocator_of(adapters, adamw(net), **settings)
     net, adapters = adapted()
     allocator = allocator_of(adapters, adamw(net))

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,12 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def fill_defaults(args: argparse.Namespace) -> None:
     """Give the settings that depend on others their values."""
     if args.schedule is None:
-        grows = args.allocator != "importance" or hasattr(METHODS.get(args.method), "importance")
+        method = METHODS.get(args.method)
+        grows = hasattr(method, "importance") or not args.allocator.startswith("importance")
         args.schedule = "linear" if grows and args.method != "full" else "none"
     defaults = {
         "init_rank": args.rank if args.schedule == "none" else (args.rank + 1) // 2,
-        "warmup": args.steps // 50,
+        "warmup": max(1, args.steps // 50),
         "interval": max(1, args.steps // 60),
         "lr": 2e-3 if args.method == "full" else 1e-2,
         "eval_interval": max(1, args.steps // 10),
@@ -125,7 +127,7 @@ def train(run: "Run") -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The rate of step 1 ... steps: it rises over 3 %, then falls by a half cosine to a tenth."""
+    """The rate of step 1 ... steps: up over 3 % of them, then a half cosine down to a tenth."""
     rise = max(1, round(0.03 * steps))
     fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))
     return peak * min(step / rise, 0.1 + 0.9 * fall)
@@ -201,10 +203,8 @@ class Run:
             raise ValueError(f"--allocator {name}: must be one of {', '.join(ALLOCATORS)}")
         names = ("warmup", "interval", "schedule", "rank_step", "top_k")
         settings = {name: getattr(self.args, name) for name in names}
-        if argument:
-            settings["argument"] = argument
-        steps = self.args.steps
-        return ALLOCATORS[name](self.adapters, self.optimizer, total_steps=steps, **settings)
+        settings |= {"total_steps": self.args.steps} | ({"argument": argument} if argument else {})
+        return ALLOCATORS[name](self.adapters, self.optimizer, **settings)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(batch, time) -> (batch, time, outputs), in float32."""
@@ -226,11 +226,11 @@ class Run:
             count += (targets != NO_TARGET).sum().item()
             collected.append(self.task.collect(logits, targets))
         loss = self.finite(loss_sum / count)
-        results = {"loss": loss} | self.task.metrics(loss, collected)
-        return {f"{split}_{name}": value for name, value in results.items()}
+        metrics = {"loss": loss} | self.task.metrics(loss, collected)
+        return {f"{split}_{name}": value for name, value in metrics.items()}
 
     def finite(self, loss: float) -> float:
-        """The loss, or the end of the program if it is not finite."""
+        """The loss. A loss that is not finite ends the program."""
         if not math.isfinite(loss):
             sys.exit(f"the loss is {loss} after step {self.step}: give a lower --lr")
         return loss
@@ -238,10 +238,11 @@ class Run:
     def test(self, when: str) -> dict:
         """Print and return test loss and metrics, and how the model continues a text."""
         results = self.evaluate("test")
-        print(f"{when:8}", ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
-        prompt = self.task.prompt(self.examples["test"])
-        if prompt is not None:
-            results["sample"] = self.tokenizer.decode(generate(self.model, prompt))
+        words = [f"{name} {value:.4f}".replace("_", " ") for name, value in results.items()]
+        print(f"{when:8} {', '.join(words)}")
+        write, examples = partial(generate, self.model), self.examples["test"]
+        results["sample"] = self.task.sample(write, self.tokenizer, examples)
+        if results["sample"] is not None:
             lines = [line for line in results["sample"].splitlines() if line.strip()]
             print(*(f"         | {line[:68]}" for line in lines[:4]), sep="\n")
         return results
@@ -294,9 +295,9 @@ class Run:
             values["peak_memory"] = torch.cuda.max_memory_allocated(self.device)  # bytes
         before = [entry for entry in self.log if entry["kind"] != "allocation"][-1]["total_rank"]
         entry = self.note("eval", train_loss=train_loss, **values, **self.evaluate("val"))
-        steps = self.args.steps
-        rank, left = entry["total_rank"], entry["seconds"] / self.step * (steps - self.step)
-        print(f"step {self.step:5}/{steps}  rank {rank} (+{rank - before})  ", end="")
+        step, steps, rank = self.step, self.args.steps, entry["total_rank"]
+        left = entry["seconds"] / step * (steps - step)
+        print(f"step {step:5}/{steps}  rank {rank} (+{rank - before})  ", end="")
         print(f"train {train_loss:.4f}  val {entry['val_loss']:.4f}  {left:4.0f} s left")
 
     def finish(self) -> None:
@@ -306,7 +307,7 @@ class Run:
         figure = Path(self.args.out, "run.png")
         save_file(figure, draw_run(self.log))
         first, last = self.log[0]["trainable"], self.log[-1]["trainable"]
-        seconds = time.perf_counter() - self.began
+        seconds = self.log[-1]["seconds"]
         print(f"trained  {first:,} parameters at first, {last:,} at the end, in {seconds:.0f} s")
         print(f"look at  {figure}")
 
@@ -398,8 +399,7 @@ def new_folder(args: argparse.Namespace) -> str:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Namespace, dict | None]:
-    """(settings, None) of a new run, or (settings, checkpoint) of one to resume. Raises ValueError
-    for a setting that is not that of the run to resume."""
+    """The settings, and the checkpoint if a run is resumed, whose settings cannot change."""
     args = parser.parse_args(argv)
     if not args.resume:
         fill_defaults(args)

@@ -17,8 +17,8 @@ Growth from rank 3 to rank 4 appends to all four factors, and no trained entry m
 The update B (L + U) A does not change at growth, because the new column of B is zero. That column
 still gets a gradient at once. When it has moved, L's new row and A's new row get one as well.
 
-This file follows the paper: split and start of an adapter, growth, Adam's state, importance, then
-score, threshold and schedules, which decide what grows. Functions for whole models are at the end.
+This file follows the paper: split, start and growth of a matrix, Adam's state, importance, score,
+threshold, schedules. Functions for whole models are at the end.
 """
 
 import copy
@@ -44,10 +44,9 @@ def unpack_core(packed_L: Tensor, packed_U: Tensor, r: int) -> Tensor:
 class LoRALinear(nn.Module):
     """A frozen nn.Linear plus s B A x: LoRA (Hu et al. 2021), the baseline of the paper.
 
-    rank: the rank at the start. target_rank: this matrix's share of the budget, and the rank that
-    the constant scale alpha / target_rank is made for. The adapter's tensors are float32, whatever
-    the precision of the base. A subclass names its tensors in GROWS_ALONG, creates their entries in
-    `new_entries` and uses them in `factors`.
+    rank: the rank at the start. target_rank: this matrix's share of the budget. It fixes the scale
+    alpha / target_rank. The adapter is float32, whatever the base is. A subclass names its tensors
+    in GROWS_ALONG, creates their entries in new_entries, and uses them in factors.
     """
 
     # The tensors that grow, each with the axis that a new rank is appended to. The first of them
@@ -117,7 +116,7 @@ class LoRALinear(nn.Module):
         """W + s B (L + U) A, (d_out, d_in), for code that reads it, such as torch's attention."""
         left, right = self.factors()
         W = self.base.weight
-        return (W.float() + self.scale * left @ right).to(W.dtype)
+        return (W + self.scale * left @ right).to(W.dtype)  # the sum is at least float32
 
     bias = property(lambda self: self.base.bias)  # for the same code
 
@@ -139,9 +138,9 @@ MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
 def carry_state(optimizer, old: Tensor, new: Tensor, entries: Tensor, axis: int) -> None:
     """Let an optimizer train `new` instead of `old`, with the moments of the old entries.
 
-    New first moments are zero, and new second moments are the mean of their tensor. So a new entry
-    moves 0.1 of the learning rate at first, and never more than the rate. With zeros for both, Adam
-    would allow 6.6 times the rate (beta2 .999), because it takes the entry to be older than it is.
+    New first moments are zero, new second moments the mean of their tensor. So a new entry moves
+    0.1 of the learning rate at first, and never more than the rate. With zeros for both it could
+    move 6.6 times the rate (beta2 .999), because Adam takes it to be older than it is.
     """
     state = replace_parameter(optimizer, old, new)
     for key in MOMENTS & state.keys():
@@ -228,14 +227,13 @@ class RankAllocator:
     top_k: int = 1  # matrices that grow at an allocation of the fixed schedule
 
     def __post_init__(self):
+        self.last_step = 0
         self.threshold, self.last_scores = math.nan, {}  # of the last allocation
         self.take_baseline()
         if not self.plan():
-            raise ValueError(
-                f"nothing can grow: total rank {self.total_rank} of {self.budget}, with warmup "
-                f"{self.warmup} and interval {self.interval} of {self.total_steps} steps; lower "
-                "init_rank, warmup or interval"
-            )
+            ranks, steps = f"total rank {self.total_rank} of {self.budget}", self.total_steps
+            when = f"warmup {self.warmup} and interval {self.interval} of {steps} steps"
+            raise ValueError(f"nothing can grow with {ranks}, {when}: lower one of them")
         if not self.baseline and type(self).scores is RankAllocator.scores:
             raise ValueError("no importance: use the method triadapt, or another allocator")
         check_optimizer(self.optimizer, self.adapters)
@@ -256,7 +254,7 @@ class RankAllocator:
     def take_baseline(self) -> None:
         """Measure the importances that the next scores are changes of, and the ranks they have."""
         self.baseline = self.importances()
-        self.baseline_ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
+        self.ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
 
     def scores(self) -> dict[str, float]:
         """The score of a matrix: the change of its F since the last allocation (or the warm-up)."""
@@ -268,8 +266,9 @@ class RankAllocator:
         Growth replaces Parameters: take lists of them (for clipping, an EMA) anew after it. Raises
         ValueError for what would spoil the training silently.
         """
-        if not 1 <= t <= self.total_steps:
-            raise ValueError(f"step {t}: must be from 1 to total_steps, {self.total_steps}")
+        if not self.last_step < t <= self.total_steps:
+            raise ValueError(f"step {t}: must be from {self.last_step + 1} to {self.total_steps}")
+        self.last_step = t
         if t == self.warmup:
             self.take_baseline()  # changes during the warm-up do not count
         k = self.count(t, self.budget - self.total_rank)
@@ -282,7 +281,8 @@ class RankAllocator:
         if not trained:
             reasons = "is step called after optimizer.step, and does the loss use the adapters?"
             raise ValueError(f"no matrix has been trained: {reasons}")
-        scores = {name: score for name, score in self.scores().items() if name in trained}
+        scores = self.scores()
+        scores = {name: scores[name] for name in trained}
         if any(map(math.isnan, scores.values())):
             raise ValueError(f"a score is not a number: {scores}")
 
@@ -318,18 +318,19 @@ class RankAllocator:
         return plan
 
     def check(self) -> None:
-        if {name: a.rank for name, a in self.adapters.items()} != self.baseline_ranks:
+        if {name: a.rank for name, a in self.adapters.items()} != self.ranks:
             raise ValueError("the ranks changed: load the adapters before the allocator's state")
         check_optimizer(self.optimizer, self.adapters)
 
     def state_dict(self) -> dict:
         """What a resumed run needs. A signal that remembers more adds it here and below."""
-        return {"baseline": self.baseline, "ranks": self.baseline_ranks}
+        return {"ranks": self.ranks, "baseline": self.baseline, "last_step": self.last_step}
 
     def load_state_dict(self, state: dict) -> None:
         """Load after the adapters. Raises ValueError if their ranks are not the saved ones."""
         self.baseline = state["baseline"]
-        self.baseline_ranks = state["ranks"]
+        self.ranks = state["ranks"]
+        self.last_step = state["last_step"]
         self.check()
 
 
@@ -409,9 +410,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     merged = {}
     for name, adapter in find_adapters(model).items():
         base = adapter.base
+        hooks = base._forward_hooks or base._forward_pre_hooks
         plain = type(base).forward is nn.Linear.forward and "forward" not in vars(base)
-        hooked = base._forward_hooks or base._forward_pre_hooks
-        if not plain or hooked or type(base._parameters.get("weight")) is not nn.Parameter:
+        if not plain or hooks or type(base._parameters.get("weight")) is not nn.Parameter:
             raise ValueError(f"{name}: cannot be merged, it is not W x + b alone: {base}")
         merged[adapter] = copy.deepcopy(base)
         merged[adapter].weight.copy_(adapter.weight)

@@ -1,45 +1,133 @@
-"""Rivals of the paper's importance: other signals that tell which matrices grow.
+"""Rivals of the paper's importance: other scores decide which matrices grow.
 
-    python plots/signals.py --score worth                      # train.py with these signals
-    python plots/signals.py --score random --budget numbers
+    python -m extras --allocator worth
+    python -m extras --allocator random:parameters     # the budget counts trained parameters
 
-Each is a RankAllocator with other `scores`, entered in SIGNALS, as a fork's idea would be. What
-one has to remember goes into its state_dict, so that a checkpoint holds it.
+Each class is a RankAllocator with other `scores`, entered in ALLOCATORS. What it remembers goes
+into its state_dict, so that a checkpoint holds it.
 """
 
-import sys
-from pathlib import Path
+import copy
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import train
-from triadapt import SIGNALS, LoRALinear, RankAllocator
+from triadapt import ALLOCATORS, LoRALinear, RankAllocator
 
 
-class Random(RankAllocator):
+@dataclass(eq=False, kw_only=True)
+class Allocator(RankAllocator):
+    """The paper's importance, with a budget in ranks or in trained parameters.
+
+    A budget in parameters is what plain LoRA trains at the target ranks. It is never exceeded, and
+    in the end less is left than the cheapest rank costs. Then `budget` and `plan` estimate ranks,
+    because the price of a rank depends on the matrix that grows.
+    """
+
+    argument: str = "ranks"  # or "parameters"
+
+    def __post_init__(self):
+        if self.argument not in ("ranks", "parameters"):
+            raise ValueError(f"allocator argument {self.argument}: must be ranks or parameters")
+        self.prices = {}  # {(name, rank, ranks more): parameters}
+        super().__post_init__()
+
+    @property
+    def budget(self) -> int:
+        if self.argument == "ranks":
+            return super().budget
+        return self.total_rank + self.ranks_left()
+
+    def parameters_left(self) -> int:
+        """The parameters that plain LoRA would train at the target ranks, minus those trained."""
+        left = 0
+        for adapter in self.adapters.values():
+            left += adapter.target_rank * (adapter.base.in_features + adapter.base.out_features)
+            left -= sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        return left
+
+    def ranks_left(self) -> int:
+        """Q: the ranks that the rest of the budget pays for, at the mean price of a rank."""
+        prices = [self.price(name, 1) for name in self.adapters]
+        left = self.parameters_left()
+        if left < min(prices):
+            return 0
+        return max(1, left * len(prices) // sum(prices))
+
+    def price(self, name: str, n: int) -> int:
+        """The trained parameters that n more ranks of a matrix add. A frozen tensor is free."""
+        adapter = self.adapters[name]
+        key = (name, adapter.rank, n)
+        if key not in self.prices:
+            with torch.device("meta"):  # only shapes: nothing is drawn from the global generator
+                entries = adapter.new_entries(n)
+            trained = [t for t in entries if getattr(adapter, t).requires_grad]
+            self.prices[key] = sum(entries[t].numel() for t in trained)
+        return self.prices[key]
+
+    def affordable(self, name: str) -> int:
+        """The ranks that a matrix may grow by: rank_step, or less at the end of the budget."""
+        left = self.parameters_left()
+        return next((n for n in range(self.rank_step, 0, -1) if self.price(name, n) <= left), 0)
+
+    def step(self, t: int) -> list[str]:
+        """RankAllocator.step. With a budget in parameters, a matrix grows only if it can pay."""
+        if self.argument == "ranks":
+            return super().step(t)
+        if not 1 <= t <= self.total_steps:
+            raise ValueError(f"step {t}: must be from 1 to total_steps, {self.total_steps}")
+        if t == self.warmup:
+            self.take_baseline()
+        k = self.count(t, self.ranks_left())
+        if k == 0:
+            return []
+        self.check()
+
+        trained = [name for name, adapter in self.adapters.items() if adapter.factors()[0].any()]
+        if not trained:
+            raise ValueError("no update yet: call step after optimizer.step")
+        scores = self.scores()
+        scores = {name: scores[name] for name in trained if self.affordable(name) > 0}
+        if any(map(math.isnan, scores.values())):
+            raise ValueError(f"a score is not a number: {scores}")
+        grown = []
+        for name in sorted(scores, key=scores.get, reverse=True)[:k]:
+            self.threshold = scores[name]  # in the end the k-th largest score
+            n = self.affordable(name)
+            if n > 0:  # a matrix before it may have spent the rest
+                self.adapters[name].grow(n, self.optimizer)
+                grown.append(name)
+        self.last_scores = scores
+        self.take_baseline()
+        return grown
+
+
+class Random(Allocator):
     """A control: any matrix may be next."""
 
     def scores(self) -> dict[str, float]:
-        # A generator of its own: asking for the scores must not move the draws of the run. Its
-        # seed is what was trained so far, so that tasks, seeds and allocations differ.
-        seed = hash(tuple(self.importances().values()))
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        # The seed is the state of the training, so that runs and allocations differ and a resumed
+        # run draws the same. The generator is a new one, because scores must not move the global
+        # one. Python hashes a float in the same way in every process.
+        tensors = [getattr(a, t) for a in self.adapters.values() for t in a.GROWS_ALONG]
+        state = tuple(tensor.double().sum().item() for tensor in tensors)
+        generator = torch.Generator().manual_seed(hash(state) % 2**63)
         draws = torch.rand(len(self.adapters), generator=generator).tolist()
         return dict(zip(self.adapters, draws, strict=True))
 
 
-class Uniform(RankAllocator):
+class Uniform(Allocator):
     """A control: the matrix of lowest rank is next, round robin."""
 
     def scores(self) -> dict[str, float]:
         return {name: -float(adapter.rank) for name, adapter in self.adapters.items()}
 
 
-class UpdateNorm(RankAllocator):
+class UpdateNorm(Allocator):
     """The size of the update, per rank: || s B (L + U) A ||_F / r. Like the paper's importance it
-    needs no gradient, but it sees B and A, too."""
+    needs no gradient, but it also sees B and A."""
 
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
@@ -56,17 +144,11 @@ class UpdateNorm(RankAllocator):
 
 
 class UpdateNormChange(UpdateNorm):
-    """How much that has grown since the last allocation, or else the end of the warm-up."""
+    """The growth of that size since the last allocation (or the warm-up)."""
 
-    def __init__(self, adapters: dict[str, LoRALinear], optimizer, **settings):
-        super().__init__(adapters, optimizer, **settings)
+    def take_baseline(self) -> None:
+        super().take_baseline()
         self.before = self.norms()
-
-    def step(self, t: int) -> list[str]:
-        grown = super().step(t)
-        if grown or t == self.warmup:
-            self.before = self.norms()
-        return grown
 
     def scores(self) -> dict[str, float]:
         return {name: norm - self.before[name] for name, norm in self.norms().items()}
@@ -79,21 +161,22 @@ class UpdateNormChange(UpdateNorm):
         self.before = state["before"]
 
 
-class Sensitivity(RankAllocator):
-    """AdaLoRA's signal (Zhang et al. 2023): |w dL/dw| of each entry, smoothed over steps, times its
-    smoothed uncertainty; here the mean over all entries of a matrix's adapter. IncreLoRA takes
-    that of the entries of the whole update."""
+class Sensitivity(Allocator):
+    """AdaLoRA's score (Zhang et al. 2023): |w dL/dw| of each entry, smoothed over steps, times its
+    smoothed uncertainty. Here it is the mean over all entries of a matrix's adapter. IncreLoRA
+    takes that of the entries of the whole update."""
 
     SMOOTHING = 0.85
 
-    def __init__(self, adapters: dict[str, LoRALinear], optimizer, **settings):
-        super().__init__(adapters, optimizer, **settings)
-        self.moments = {name: {} for name in adapters}  # name: {tensor: (mean, spread)}
+    def __post_init__(self):
+        super().__post_init__()
+        self.moments = {name: {} for name in self.adapters}  # name: {tensor: (mean, spread)}
 
     def step(self, t: int) -> list[str]:
         for name, adapter in self.adapters.items():
             for tensor, axis in adapter.GROWS_ALONG.items():
-                self.smooth(name, tensor, axis)
+                if getattr(adapter, tensor).grad is not None:
+                    self.smooth(name, tensor, axis)
         return super().step(t)
 
     @torch.no_grad()
@@ -109,13 +192,13 @@ class Sensitivity(RankAllocator):
     def scores(self) -> dict[str, float]:
         scores = dict.fromkeys(self.adapters, 0.0)
         for name, tensors in self.moments.items():
-            if tensors:  # after the first step
+            if tensors:  # after the first gradient
                 products = [(mean * spread).flatten() for mean, spread in tensors.values()]
                 scores[name] = torch.cat(products).mean().item()
         return scores
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"moments": self.moments}
+        return super().state_dict() | {"moments": copy.deepcopy(self.moments)}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -129,22 +212,22 @@ def pad_with_zeros(moment: Tensor, p: Tensor, axis: int) -> Tensor:
     return padded
 
 
-class Worth(RankAllocator):
-    """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_weight x)^2.
+class Worth(Allocator):
+    """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_W x)^2.
 
-    L is the loss of the batch and y the output at one token, so dL/dy . delta_weight x is, to first
-    order, what the change does to the loss when it is made at that token alone. It is squared
-    before the sum, so that tokens which gain and tokens which lose do not cancel, and smoothed over
-    steps. Each adapter is watched by a forward hook.
+    L is the loss of the batch, y the output at one token, and delta_W the update. To first order,
+    dL/dy . delta_W x is what the update does to the loss at that token alone. It is squared before
+    the sum, so that tokens which gain and tokens which lose do not cancel, and smoothed over
+    steps. A forward hook watches each adapter.
     """
 
     SMOOTHING = 0.97
 
-    def __init__(self, adapters: dict[str, LoRALinear], optimizer, **settings):
-        super().__init__(adapters, optimizer, **settings)
-        self.worth = dict.fromkeys(adapters, 0.0)  # smoothed
-        self.now = {}  # of the step under way: {name: sum over its backward passes}
-        for name, adapter in adapters.items():
+    def __post_init__(self):
+        super().__post_init__()
+        self.worth = dict.fromkeys(self.adapters, 0.0)  # smoothed
+        self.now = {}  # of the current step: {name: sum over its backward passes}
+        for name, adapter in self.adapters.items():
             if hasattr(adapter, "watched"):  # by an earlier allocator: the newest takes over
                 adapter.watched.remove()
             adapter.watched = adapter.register_forward_hook(self.watcher(name))
@@ -169,12 +252,12 @@ class Worth(RankAllocator):
         return forward_hook
 
     def step(self, t: int) -> list[str]:
-        zero = torch.zeros((), device=next(iter(self.adapters.values())).base.weight.device)
-        now = torch.stack([self.now.get(name, zero) for name in self.worth])
-        train.sum_processes([now])  # each process has seen its own tokens only
-        for name, value in zip(self.worth, now.tolist(), strict=True):
-            self.worth[name] = self.SMOOTHING * self.worth[name] + (1 - self.SMOOTHING) * value
+        now = {name: float(self.now.get(name, 0.0)) for name in self.worth}
         self.now = {}
+        self.worth = {
+            name: self.SMOOTHING * worth + (1 - self.SMOOTHING) * now[name]
+            for name, worth in self.worth.items()
+        }
         return super().step(t)
 
     def scores(self) -> dict[str, float]:
@@ -188,7 +271,8 @@ class Worth(RankAllocator):
         self.worth = state["worth"]
 
 
-SIGNALS |= {
+ALLOCATORS |= {
+    "importance": Allocator,
     "random": Random,
     "uniform": Uniform,
     "norm": UpdateNorm,
@@ -196,6 +280,3 @@ SIGNALS |= {
     "sensitivity": Sensitivity,
     "worth": Worth,
 }
-
-if __name__ == "__main__":
-    train.main()

@@ -1,6 +1,7 @@
 """More promises of the core: targets, the model and its data, the command line, forks."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -185,7 +186,7 @@ def test_scratch_and_full_training_make_a_base(home):
         ("--context 17", "--context 17: this base allows 16"),
         ("--target-modules qq", "target module qq: not found; linear layers are q, k, v"),
         ("--init-rank 9", "init_rank 9: must be from 1 to the rank, 8"),
-        ("--rank 1", "nothing can grow: total rank 6 of 6"),
+        ("--rank 1", "nothing can grow with total rank 6 of 6"),
         ("--method lora --schedule linear", "no importance: use the method triadapt"),
         ("--allocator best", "--allocator best: must be one of importance"),
         ("--method full --schedule linear", "nothing can grow"),
@@ -259,3 +260,58 @@ def test_the_core_imports_what_the_card_allows():
                 modules = [node.module]
             for module in modules:
                 assert module.partition(".")[0] in allowed or module in own.get(name, ()), name
+
+
+# README.
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_shows_the_lines_of_the_method():
+    source = (ROOT / "triadapt.py").read_text(encoding="utf-8").splitlines()
+    places = [source.index(line) for line in BLOCKS[0].splitlines()]
+    assert len(places) > 20
+
+
+def test_readme_links_to_the_lines():
+    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 10
+    for name, file, line in links:
+        code = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        name = name.rpartition(".")[2]
+        assert re.match(rf"\s*(def )?{name}\b", code), f"{name} is not in line {line} of {file}"
+
+
+def test_readme_shows_the_committed_run():
+    lines = (ROOT / "plots/first_run/log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    steps = [entry["step"] for entry in log if entry["kind"] == "allocation"]
+    assert f"total rank 96 -> 192 of 192, from step {steps[0]} to {steps[-1]}" in README
+    for name, entry in {"before": log[0], "after": log[-1]}.items():
+        loss, perplexity = entry["test_loss"], entry["test_perplexity"]
+        assert f"    {name:8} test loss {loss:.4f}, test perplexity {perplexity:.4f}\n" in README
+
+
+def test_readme_uses_a_result(home, capsys):
+    finished = run(f"{TINY} --out runs/triadapt-linear-1")
+    capsys.readouterr()
+    names = {}
+    exec(BLOCKS[1], names)
+    ids = torch.randint(300, (1, 9))
+    torch.testing.assert_close(names["gpt"](ids), finished.model.eval()(ids))
+    assert capsys.readouterr().out.startswith("The with statement")
+
+
+def test_readme_adapts_and_resumes_a_model():
+    names = {}
+    exec(BLOCKS[2], names)
+    assert names["allocator"].total_rank == names["allocator"].budget == 24
+    assert not names["allocator"].plan()
+
+
+def test_readme_fork_runs(home, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fork.py", *f"{TINY} --method diagonal --out out".split()])
+    exec(BLOCKS[3], {})
+    del METHODS["diagonal"]
+    assert read_log("out")[-1]["total_rank"] == 48
