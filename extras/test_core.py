@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import data
 import test_triadapt
 import train
+from extras.bases import long_base
 from model import GPT, GPTConfig, generate
 from test_triadapt import (
     TINY,
@@ -315,3 +316,20 @@ def test_readme_fork_runs(home, monkeypatch):
     exec(BLOCKS[3], {})
     del METHODS["diagonal"]
     assert read_log("out")[-1]["total_rank"] == 48
+
+
+def test_readme_claims_are_those_of_the_evidence():
+    claims = README[README.index("## Did the paper") : README.index("## More")]
+    page = (ROOT / "extras/RELEASED.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", claims)
+    assert len(numbers) == 3
+    assert all(number in page for number in numbers)
+    assert "(1.05) as long as LoRA" in page and "(0.87) as long as peft AdaLoRA" in page
+
+
+def test_base_is_that_of_the_evidence():
+    gpt, tokenizer = train.open_base("base.pt")
+    original, its_tokenizer = long_base("0", [])
+    assert tokenizer.to_str() == its_tokenizer.to_str()
+    for name, weight in original.state_dict().items():
+        assert torch.equal(gpt.get_parameter(name), weight.half().float())
