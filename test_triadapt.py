@@ -384,7 +384,7 @@ def test_plain_lora_grows_without_importance():
         allocator.step(t)
     assert [adapter.rank for adapter in adapters.values()] == [4, 4]
     net, adapters = adapted(method="lora")
-    with pytest.raises(ValueError, match="no importance"):
+    with pytest.raises(ValueError, match="have no importance"):
         allocator_of(adapters, adamw(net))
 
 
@@ -549,7 +549,7 @@ def test_loading_restores_rank_scale_and_target(settings):
     assert [(a.rank, a.target_rank, a.scale) for a in adapters.values()] == [(3, 4, 4), (2, 4, 4)]
     assert {*optimizer.param_groups[0]["params"]} == {*trained(fresh)}
     assert allocator_of(adapters, optimizer).budget == 8
-    fit(fresh, optimizer, 3)
+    fit(net, adamw(net), 3)
     assert all(torch.equal(state[name], kept[name]) for name in kept)  # these are copies
 
 
@@ -581,6 +581,8 @@ def test_an_allocator_knows_the_ranks_of_its_state():
         other.step(6)  # without the allocator's state
     other.load_state_dict(json.loads(json.dumps(allocator.state_dict())))
     assert other.scores() == allocator.scores()
+    with pytest.raises(ValueError, match="step 5: must be from 6"):
+        other.step(5)
 
 
 # The model and its data.
@@ -704,7 +706,9 @@ def test_resume_is_bit_exact(home, monkeypatch, capsys, options, step):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         interrupt(patch, step)
         run(f"{TINY} {options} --out cut")
-    assert "to continue: python train.py --resume cut" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"stopped after step {step - 1}, saved at step {(step - 1) // 8 * 8}\n" in said
+    assert "to continue: python train.py --resume cut" in said
     assert torch.load("cut/checkpoint.pt")["step"] == (step - 1) // 8 * 8
     Path("cut").rename("moved")
     run("--resume moved")
@@ -720,7 +724,7 @@ def test_resume_refuses_other_settings_data_and_base(home, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         interrupt(patch, 10)
         run(f"{TINY} --out out")
-    assert "lr 0.5: the run to resume has 0.01" in refusal("--resume out --lr 0.5", capsys)
+    assert "lr: the run to resume has 0.01 and keeps it" in refusal("--resume out --lr 0.5", capsys)
     assert "No such file" in refusal("--resume nowhere", capsys)
     for name in ("text.txt", "tiny.pt"):
         content = Path(name).read_bytes()

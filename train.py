@@ -14,7 +14,6 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +42,14 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--base", type=path, default="base.pt", help=f"a model.pt, or {', '.join(BASES)} [base.pt]")
     # Adapters.
     add("--method", choices=[*METHODS, "full"], default="triadapt", help="full trains all weights")
-    add("--rank", type=int, default=8, help="target rank of a matrix: scale and budget [8]")
+    add("--rank", type=int, default=8, help="target rank, the mean in the end: scale, budget [8]")
     add("--init-rank", type=int, help="rank at the start [half the rank if it is to grow]")
     add("--alpha", type=float, default=16.0, help="the scale of the update is alpha / rank [16]")
     add("--target-modules", default="q|k|v|o|fc|proj", help="regular expression [%(default)s]")
     add("--dropout", type=float, default=0.0, help="probability for an adapter's input [0]")
     # Growth.
-    add("--schedule", choices=[*SCHEDULES, "none"], help="how many matrices grow [linear]")
-    add("--allocator", default="importance", help=f"which ones: {', '.join(ALLOCATORS)}")
+    add("--schedule", choices=[*SCHEDULES, "none"], help="how many matrices grow at once [linear]")
+    add("--allocator", default="importance", help=f"which matrices grow: {', '.join(ALLOCATORS)}")
     add("--warmup", type=int, help="optimizer steps before growth [2 %% of the steps]")
     add("--interval", type=int, help="optimizer steps between allocations [steps / 60]")
     add("--rank-step", type=int, default=1, help="ranks that a matrix grows by at once [1]")
@@ -81,6 +80,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
         "eval_interval": max(1, args.steps // 10),
     }
     vars(args).update({name: v for name, v in defaults.items() if getattr(args, name) is None})
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "warmup") else 1
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{name} {value}: must be {least} or more")
 
 
 def train(run: "Run") -> None:
@@ -91,7 +94,7 @@ def train(run: "Run") -> None:
         began = time.perf_counter()
 
         # Forward and backward. Seed and step determine batch, dropout and new ranks, so a resumed
-        # run needs no state of a random generator.
+        # run needs no state of a random generator. No two steps of two seeds share a number.
         torch.manual_seed(args.seed * 1_000_003 + step)
         inputs, targets = draw_batch(run.examples["train"], args.seed, step, args.batch_size)
         inputs, targets = inputs.to(run.device), targets.to(run.device)  # (batch, time)
@@ -195,6 +198,7 @@ class Run:
             self.step = checkpoint["step"]
             self.log = checkpoint["log"]
             self.began -= checkpoint["seconds"]
+            print(f"resumed  at step {self.step} of {args.steps}")
 
     def make_allocator(self):
         """The allocator that --allocator names, as NAME or NAME:ARGUMENT of ALLOCATORS."""
@@ -203,8 +207,10 @@ class Run:
             raise ValueError(f"--allocator {name}: must be one of {', '.join(ALLOCATORS)}")
         names = ("warmup", "interval", "schedule", "rank_step", "top_k")
         settings = {name: getattr(self.args, name) for name in names}
-        settings |= {"total_steps": self.args.steps} | ({"argument": argument} if argument else {})
-        return ALLOCATORS[name](self.adapters, self.optimizer, **settings)
+        if argument:
+            settings["argument"] = argument
+        steps = self.args.steps
+        return ALLOCATORS[name](self.adapters, self.optimizer, total_steps=steps, **settings)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(batch, time) -> (batch, time, outputs), in float32."""
@@ -240,23 +246,23 @@ class Run:
         results = self.evaluate("test")
         words = [f"{name} {value:.4f}".replace("_", " ") for name, value in results.items()]
         print(f"{when:8} {', '.join(words)}")
-        write, examples = partial(generate, self.model), self.examples["test"]
-        results["sample"] = self.task.sample(write, self.tokenizer, examples)
-        if results["sample"] is not None:
-            lines = [line for line in results["sample"].splitlines() if line.strip()]
-            print(*(f"         | {line[:68]}" for line in lines[:4]), sep="\n")
+        examples = self.examples["test"]
+        sample = self.task.sample(lambda ids: generate(self.model, ids), self.tokenizer, examples)
+        results["sample"] = sample
+        if sample is not None:
+            lines = [line for line in sample.splitlines() if line.strip()]
+            print(*(f"  sample | {line[:68]}" for line in lines[:4]), sep="\n")
         return results
 
     def note(self, kind: str, **values) -> dict:
         """Append an entry to the log, and return it."""
         ranks = {name: adapter.rank for name, adapter in self.adapters.items()}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         able = {name: a for name, a in self.adapters.items() if hasattr(a, "importance")}
         entry = {
             "kind": kind,
             "step": self.step,
             "seconds": time.perf_counter() - self.began,
-            "trainable": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "total_rank": sum(ranks.values()),
             "ranks": ranks,
             "importance": {name: a.importance().item() for name, a in able.items()},
@@ -307,8 +313,7 @@ class Run:
         figure = Path(self.args.out, "run.png")
         save_file(figure, draw_run(self.log))
         first, last = self.log[0]["trainable"], self.log[-1]["trainable"]
-        seconds = self.log[-1]["seconds"]
-        print(f"trained  {first:,} parameters at first, {last:,} at the end, in {seconds:.0f} s")
+        print(f"trained  {first:,} parameters at first, {last:,} at the end")
         print(f"look at  {figure}")
 
     def save(self) -> None:
@@ -332,6 +337,7 @@ class Run:
             "allocator": self.allocator.state_dict() if self.allocator else {},
         }
         save_file(out / "checkpoint.pt", checkpoint)
+        self.saved = self.step
 
 
 def save_file(path: Path, content: dict | bytes) -> None:
@@ -351,10 +357,8 @@ def base_file(model: GPT, tokenizer: Tokenizer) -> dict:
 
 
 def open_base(spec: str, texts: list[str] = ()) -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer of --base: NAME or NAME:ARGUMENT of BASES, or else a model.pt.
-
-    texts: what a base from scratch trains its tokenizer on.
-    """
+    """The model and tokenizer of --base: NAME or NAME:ARGUMENT of BASES, or else a model.pt. A base
+    from scratch trains its tokenizer on the texts."""
     name, _, argument = spec.partition(":")
     if name in BASES:
         return BASES[name](os.path.expanduser(argument), texts)
@@ -372,9 +376,7 @@ def open_base(spec: str, texts: list[str] = ()) -> tuple[GPT, Tokenizer]:
 
 
 # What --base knows: functions of the argument after the colon, and of the texts of --data.
-BASES = {
-    "scratch": lambda argument, texts: (GPT(GPTConfig()), data.train_tokenizer(texts)),
-}
+BASES = {"scratch": lambda argument, texts: (GPT(GPTConfig()), data.train_tokenizer(texts))}
 
 
 def checksum(task: data.Task, tokenizer: Tokenizer, model: nn.Module) -> str:
@@ -410,16 +412,13 @@ def parse_args(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Namespac
     args = parser.parse_args(argv)
     for name, value in settings.items():
         if getattr(args, name) != value:
-            given = f"{name} {getattr(args, name)}"
-            raise ValueError(f"{given}: the run to resume has {value}, so leave it out")
+            raise ValueError(f"{name}: the run to resume has {value} and keeps it; leave it out")
     return args, checkpoint
 
 
 def main(argv=None, parser: argparse.ArgumentParser | None = None, prog: str | None = None) -> Run:
-    """A whole run, also of a fork. A mistake in settings or files ends in one line and code 2.
-
-    parser: from make_parser, with a fork's own settings. prog: how the script is called.
-    """
+    """A whole run, also of a fork: `parser` has its settings, `prog` is how it is called. A mistake
+    in settings or files ends in one line and code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, which can show all letters
         sys.stdout.reconfigure(errors="replace")
     parser = parser or make_parser(prog)
@@ -441,7 +440,8 @@ def main(argv=None, parser: argparse.ArgumentParser | None = None, prog: str | N
         train(run)
         run.finish()
     except KeyboardInterrupt:
-        print(f"\nstopped at step {run.step}; to continue: {parser.prog} --resume {out}")
+        print(f"\nstopped after step {run.step}, saved at step {run.saved}")
+        print(f"to continue: {parser.prog} --resume {out}")
         sys.exit(130)
     return run
 

@@ -15,7 +15,7 @@ Growth from rank 3 to rank 4 appends to all four factors, and no trained entry m
     U in memory, column by column:    o | o o | o o o | + + + +
 
 The update B (L + U) A does not change at growth, because the new column of B is zero. That column
-still gets a gradient at once. When it has moved, L's new row and A's new row get one as well.
+and U's get a gradient at once, the new rows of L and A as soon as B's column has moved.
 
 This file follows the paper: split, start and growth of a matrix, Adam's state, importance, score,
 threshold, schedules. Functions for whole models are at the end.
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 
 def unpack_core(packed_L: Tensor, packed_U: Tensor, r: int) -> Tensor:
-    """The triangular split L + U, (r, r). Both triangles hold a diagonal, and these add up.
+    """The triangular split L + U, (r, r), where both hold a diagonal. It can be any matrix, and its
+    packed triangles grow by appending.
 
     packed_L has the r (r + 1) / 2 entries of L row by row, packed_U those of U column by column.
     """
@@ -49,9 +50,7 @@ class LoRALinear(nn.Module):
     in GROWS_ALONG, creates their entries in new_entries, and uses them in factors.
     """
 
-    # The tensors that grow, each with the axis that a new rank is appended to. The first of them
-    # has `rank` entries along its axis, so a saved tensor shows its rank.
-    GROWS_ALONG = {"lora_B": 1, "lora_A": 0}
+    GROWS_ALONG = {"lora_B": 1, "lora_A": 0}  # the tensors that grow: the axis of the rank
     LR_RATIOS = {}  # learning rates relative to the common one: {"lora_B": 16.0} is LoRA+
 
     def __init__(self, base: nn.Linear, rank: int, target_rank: int, alpha=16.0, dropout=0.0):
@@ -64,12 +63,12 @@ class LoRALinear(nn.Module):
         self.start(rank)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-        B_core, A = (factor.to(x.dtype) for factor in self.factors())  # (d_out, r), (r, d_in)
-        Ax = self.dropout(x) @ A.T  # (..., r)
-        return self.base(x) + Ax @ (self.scale * B_core).T  # W x + b + s B (L + U) A x
+        B_core, A = self.factors()  # (d_out, r), (r, d_in); B_core is B (L + U), in LoRA just B
+        Ax = self.dropout(x) @ A.T.to(x.dtype)  # (..., r)
+        return self.base(x) + Ax @ (self.scale * B_core).T.to(x.dtype)  # W x + b + s B (L + U) A x
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (L + U), (d_out, r), and A, (r, d_in). LoRA has no core, so its first factor is B."""
+        """Left (d_out, r) and right (r, d_in): the update of W is scale * left @ right."""
         return self.lora_B, self.lora_A
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
@@ -121,8 +120,8 @@ class LoRALinear(nn.Module):
     bias = property(lambda self: self.base.bias)  # for the same code
 
     def get_extra_state(self) -> Tensor:
-        """The scale and the target rank, which torch saves and loads with the tensors."""
-        return torch.tensor([self.scale, self.target_rank], dtype=torch.float64)
+        """What torch saves and loads with the tensors."""
+        return torch.tensor([self.scale, self.target_rank, self.rank], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.scale = state[0].item()
@@ -138,9 +137,9 @@ MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
 def carry_state(optimizer, old: Tensor, new: Tensor, entries: Tensor, axis: int) -> None:
     """Let an optimizer train `new` instead of `old`, with the moments of the old entries.
 
-    New first moments are zero, new second moments the mean of their tensor. So a new entry moves
-    0.1 of the learning rate at first, and never more than the rate. With zeros for both it could
-    move 6.6 times the rate (beta2 .999), because Adam takes it to be older than it is.
+    New first moments are zero, new second moments the mean of their tensor. So a new entry whose
+    gradients are like its tensor's moves 0.1 of the learning rate at first, and never more than the
+    rate. With zeros for both it could move 6.6 times the rate (beta2 .999).
     """
     state = replace_parameter(optimizer, old, new)
     for key in MOMENTS & state.keys():
@@ -191,19 +190,19 @@ class TriAdaptLinear(LoRALinear):
         return unpack_core(self.lora_L, self.lora_U, self.rank)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (L + U), (d_out, r), and A, (r, d_in). So the core meets B once, not every token."""
+        """B (L + U), (d_out, r), and A, (r, d_in). B meets the core once, not for every token."""
         return self.lora_B @ self.core(), self.lora_A
 
     def new_entries(self, n: int) -> dict[str, Tensor]:
         """What n more ranks append: to B, A, and L + U, which starts as the identity."""
-        lengths = range(self.rank + 1, self.rank + n + 1)  # of L's new rows, and U's new columns
-        rows = [torch.eye(length)[-1] for length in lengths]  # zeros and a closing 1
+        sizes = range(self.rank + 1, self.rank + n + 1)  # of L's new rows, and of U's new columns
+        rows = [torch.eye(size)[-1] for size in sizes]  # zeros and a closing 1
         new_L = torch.cat([torch.zeros(0), *rows])
         return super().new_entries(n) | {"lora_L": new_L, "lora_U": torch.zeros_like(new_L)}
 
     @torch.no_grad()
     def importance(self) -> Tensor:
-        """F = ||L + U||_F / r, the normalized Frobenius norm. Growth alone lowers it."""
+        """F = ||L + U||_F / r, the normalized Frobenius norm. Compare F only at equal rank."""
         return self.core().norm() / self.rank
 
 
@@ -211,9 +210,9 @@ class TriAdaptLinear(LoRALinear):
 class RankAllocator:
     """Grows the matrices whose score reaches a dynamic threshold, until a budget is spent.
 
-    The budget is the sum of the adapters' target ranks. The total rank never exceeds it, because
-    the last growth is cut to what is left. Override `scores` to let another signal decide. Raises
-    ValueError if nothing can grow with these settings, or if the optimizer cannot.
+    The budget is the sum of the adapters' target ranks, so one matrix may get more than its own.
+    The total rank never exceeds it, because the last growth is cut to what is left. Override
+    `scores` to let another signal decide. Raises ValueError if nothing can grow.
     """
 
     adapters: dict[str, LoRALinear]  # by module name, from add_adapters or find_adapters
@@ -233,9 +232,9 @@ class RankAllocator:
         if not self.plan():
             ranks, steps = f"total rank {self.total_rank} of {self.budget}", self.total_steps
             when = f"warmup {self.warmup} and interval {self.interval} of {steps} steps"
-            raise ValueError(f"nothing can grow with {ranks}, {when}: lower one of them")
+            raise ValueError(f"nothing can grow with {ranks}, {when}: lower init_rank or these")
         if not self.baseline and type(self).scores is RankAllocator.scores:
-            raise ValueError("no importance: use the method triadapt, or another allocator")
+            raise ValueError("these adapters have no importance, so another allocator must decide")
         check_optimizer(self.optimizer, self.adapters)
 
     @property
@@ -283,10 +282,11 @@ class RankAllocator:
             raise ValueError(f"no matrix has been trained: {reasons}")
         scores = self.scores()
         scores = {name: scores[name] for name in trained}
-        if any(map(math.isnan, scores.values())):
+        if any(math.isnan(score) for score in scores.values()):
             raise ValueError(f"a score is not a number: {scores}")
 
-        # The k highest scores grow. Sorting is stable, so ties go to the first in module order.
+        # The k highest scores grow. They may be negative, because F often falls. Sorting is
+        # stable, so ties go to the first in module order.
         ranking = sorted(scores, key=scores.get, reverse=True)
         grown = ranking[:k]
         self.threshold = scores[grown[-1]]  # the k-th largest score
@@ -303,9 +303,8 @@ class RankAllocator:
         if Q <= 0 or since <= 0 or since % self.interval != 0:
             return 0
         m = since / (self.total_steps - self.warmup)  # progress, from 0 to 1
-        k = math.floor(SCHEDULES[self.schedule](Q, m, self.top_k) + 1e-9)  # 28.999999999 is 29
-        k = max(1, min(k, len(self.adapters)))
-        return min(k, math.ceil(Q / self.rank_step))
+        k = math.floor(SCHEDULES[self.schedule](Q, m, self.top_k) + 1e-9)  # rounding errors
+        return min(max(1, k), len(self.adapters), math.ceil(Q / self.rank_step))
 
     def plan(self) -> list[tuple[int, int]]:
         """(step, total rank after it) of each allocation, which does not depend on the scores."""
@@ -379,11 +378,12 @@ def add_adapters(
             raise ValueError(f"target module {pattern}: not found; linear layers are {known}")
         targets.update(linears[name] for name in matches)
 
+    adapter_class = METHODS[method]
     model.requires_grad_(False)
     adapters = {}
     for linear in linears.values():  # in module order, which breaks ties
         if linear in targets and linear not in adapters:
-            adapters[linear] = METHODS[method](linear, init_rank, rank, alpha, dropout)
+            adapters[linear] = adapter_class(linear, init_rank, rank, alpha, dropout)
     replace_modules(model, adapters)
     return find_adapters(model)
 
@@ -443,8 +443,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], optimize
     if odd:
         raise ValueError(f"{min(odd)} is only in model or state: use the same base and targets")
     for name, adapter in find_adapters(model).items():
-        tensor, axis = next(iter(adapter.GROWS_ALONG.items()))
-        rank = state[f"{name}.{tensor}"].shape[axis]
+        rank = int(state[f"{name}._extra_state"][2])
         if rank != adapter.rank:
             adapter.start(rank, optimizer)
     model.load_state_dict(state, strict=False)

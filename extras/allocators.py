@@ -76,8 +76,9 @@ class Allocator(RankAllocator):
         """RankAllocator.step. With a budget in parameters, a matrix grows only if it can pay."""
         if self.argument == "ranks":
             return super().step(t)
-        if not 1 <= t <= self.total_steps:
-            raise ValueError(f"step {t}: must be from 1 to total_steps, {self.total_steps}")
+        if not self.last_step < t <= self.total_steps:
+            raise ValueError(f"step {t}: must be from {self.last_step + 1} to {self.total_steps}")
+        self.last_step = t
         if t == self.warmup:
             self.take_baseline()
         k = self.count(t, self.ranks_left())

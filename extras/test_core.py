@@ -153,6 +153,13 @@ def test_padding_does_not_leak():
     torch.testing.assert_close(together, sum(alone))
 
 
+def test_seed_and_step_determine_the_batch():
+    examples = [(torch.tensor([i]), torch.tensor([i])) for i in range(1000)]
+    draws = [train.draw_batch(examples, *key, 8)[0] for key in [(0, 1), (0, 1), (0, 2), (1, 1)]]
+    assert torch.equal(draws[0], draws[1])
+    assert not any(torch.equal(draws[0], other) for other in draws[2:])
+
+
 def test_the_learning_rate_rises_and_falls():
     curve = [train.learning_rate(step, 100, 1.0) for step in range(1, 101)]
     assert curve[:3] == pytest.approx([1 / 3, 2 / 3, 1])
@@ -188,7 +195,12 @@ def test_scratch_and_full_training_make_a_base(home):
         ("--target-modules qq", "target module qq: not found; linear layers are q, k, v"),
         ("--init-rank 9", "init_rank 9: must be from 1 to the rank, 8"),
         ("--rank 1", "nothing can grow with total rank 6 of 6"),
-        ("--method lora --schedule linear", "no importance: use the method triadapt"),
+        (
+            "--method lora --schedule linear",
+            "these adapters have no importance, so another allocator must decide",
+        ),
+        ("--interval 0", "interval 0: must be 1 or more"),
+        ("--seed -1", "seed -1: must be 0 or more"),
         ("--allocator best", "--allocator best: must be one of importance"),
         ("--method full --schedule linear", "nothing can grow"),
         ("--schedule quadratic", "invalid choice: 'quadratic'"),
@@ -230,7 +242,7 @@ def test_a_fork_adds_settings_allocators_and_bases(home, monkeypatch, capsys):
         assert rates[adapter.lora_B] == pytest.approx(16 * rates[adapter.lora_A])
     with pytest.raises(SystemExit):
         train.main(["--resume", "out", "--note", "bye"], parser=parser)
-    assert "note bye: the run to resume has hello" in capsys.readouterr().err
+    assert "note: the run to resume has hello and keeps it" in capsys.readouterr().err
 
 
 def test_a_run_works_in_a_thread(home):

@@ -25,6 +25,7 @@ from plots import run
 
 WIDTH = 100  # columns of the table
 IGNORED = ("seed", "out", "resume", "eval_interval")  # settings that make no other group
+GROWTH = ("init_rank", "allocator", "warmup", "interval", "rank_step", "top_k")  # if ranks grow
 COLUMNS = ["seeds", "test loss", "deviation", "parameters", "seconds"]
 
 Log = list[dict]
@@ -35,7 +36,7 @@ def select(logs: dict[str, Log]) -> tuple[list[Log], list[str]]:
     selected, notes, seen = [], [], {}
     for folder, log in logs.items():
         settings = log[0]["settings"]
-        key = str((settings["seed"], [item for item in settings.items() if item[0] not in IGNORED]))
+        key = str((settings["seed"], settings_of(log)))
         if not is_finished(log):
             step = f"step {log[-1]['step']} of {settings['steps']}"
             notes.append(f"{folder} is not finished ({step}): only the figure has it")
@@ -45,10 +46,17 @@ def select(logs: dict[str, Log]) -> tuple[list[Log], list[str]]:
         else:
             seen[key] = folder
         selected.append(log)
-    for name in ("data", "base", "context"):
+    for name in ("data", "base", "context", "steps"):
         if len({log[0]["settings"][name] for log in selected}) > 1:
             notes.append(f"these runs differ in {name}: that alone may change the loss")
     return selected, notes
+
+
+def settings_of(log: Log) -> dict:
+    """The settings that had an effect, without seed and folder."""
+    settings = log[0]["settings"]
+    idle = IGNORED if log[0]["budget"] else (*IGNORED, *GROWTH)
+    return {name: value for name, value in settings.items() if name not in idle}
 
 
 def is_finished(log: Log) -> bool:
@@ -57,13 +65,13 @@ def is_finished(log: Log) -> bool:
 
 def group_runs(logs: list[Log]) -> dict[str, list[Log]]:
     """The logs by the settings that differ, such as "rank 8". The lowest mean loss comes first."""
-    settings = [log[0]["settings"] for log in logs]
+    settings = [settings_of(log) for log in logs]
     names = dict.fromkeys(itertools.chain(*settings))  # a fork's runs may have more settings
-    names = [name for name in names if name not in IGNORED]
-    names = [name for name in names if len({str(s.get(name)) for s in settings}) > 1]
+    values = {n: {str(s.get(n)) for s in settings if n in s or n not in GROWTH} for n in names}
+    names = [name for name in names if len(values[name]) > 1]
     groups = {}
-    for log in logs:
-        label = ", ".join(f"{name} {log[0]['settings'].get(name)}" for name in names)
+    for log, known in zip(logs, settings, strict=True):
+        label = ", ".join(f"{name} {known[name]}" for name in names if name in known)
         groups.setdefault(label or "all runs", []).append(log)
     return dict(sorted(groups.items(), key=lambda item: mean(losses_of(item[1]) or [math.inf])))
 
@@ -170,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
 
-    logs, notes = select({folder: run.read_log(folder) for folder in folders})
+    logs = {folder: run.read_log(folder) for folder in folders}
+    logs, notes = select({folder: log for folder, log in logs.items() if log})  # it has begun
     groups = group_runs(logs)
     print(make_table(groups))
     for note in notes:

@@ -158,7 +158,7 @@ def draw_frame(log: list[dict], i: int) -> Figure:
     for name in now.get("grown", []):
         x, y = places[name]
         axes.bar(x, 0.92, 0.92, bottom=y - 0.46, fill=False, edgecolor=RED, linewidth=4)
-    axes.set_title(f"Which matrices grow? Ranks at step {now['step']}")
+    axes.set_title(f"Which matrices grow? Ranks at step {now['step']} (red: it grew now)")
 
     axes = panels["T"]
     run.label_axes(axes, log, "When is the budget spent?", "total rank")
@@ -172,7 +172,7 @@ def draw_frame(log: list[dict], i: int) -> Figure:
     run.label_axes(axes, log, "Does the validation loss fall?", run.loss_unit(log))
     evals = [entry for entry in past if entry["kind"] == "eval"]
     losses = [entry["val_loss"] for entry in evals]
-    axes.plot([entry["step"] for entry in evals], losses, color=BLUE, marker="o", clip_on=False)
+    axes.plot([entry["step"] for entry in evals], losses, color=BLUE, marker="o")
     losses = [entry["val_loss"] for entry in log if entry["kind"] == "eval"]
     axes.set_ylim(min(losses) - 0.05, max(losses) + 0.05)
     return figure

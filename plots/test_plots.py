@@ -207,6 +207,9 @@ def test_moving_picture_frames_follow_the_log():
     log = make_log()
     gif = Image.open(BytesIO(pictures.animate(log)))
     assert gif.n_frames == len(log) - 1
+    first = pictures.draw_frame(log, 0)  # before the first evaluation
+    run.to_png(first)  # computes the layout
+    assert first.axes[0].get_position().width > 0.4
     ranks, total, loss = pictures.draw_frame(log, 3).axes  # the second allocation
     boxes = [box for box in ranks.patches if to_hex(box.get_edgecolor()).upper() == run.RED]
     assert [round(box.get_x() + box.get_width() / 2) for box in boxes] == [0]
