@@ -5,8 +5,8 @@ Two corpora come with every Python, so nothing is downloaded:
     code     the sources of the standard library, on which base.pt was pretrained
     prose    the language reference behind help("assert"), to which it is adapted
 
-A UTF-8 file works as well. The way of a text: documents, their tokens in three splits, windows of
-tokens as examples, batches. A fork adds an entry to TASKS for another kind of data.
+A UTF-8 file works as well. A text becomes documents, their tokens in three splits, windows of
+tokens as examples, and batches. Other kinds of data are entries in TASKS: see extras/tasks.py.
 """
 
 import math
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 END_OF_TEXT = "<|endoftext|>"
-NO_TARGET = -(2**24)  # a position without a target. Not -100: that could be a regression target.
+NO_TARGET = -(2**24)  # marks positions without a target; -100 could be a target of a regression
 SPLITS = ("train",) * 8 + ("val", "test")  # document i belongs to SPLITS[i % 10]
 
 Example = tuple[Tensor, Tensor]  # inputs (time,) and targets (time,)
@@ -53,8 +53,8 @@ class Task:
         for split, ids in tokens.items():
             if len(ids) <= context:
                 raise ValueError(
-                    f"data {self.name}: only {len(ids)} tokens in the {split} split; give more "
-                    f"text, or a --context below {len(ids)}"
+                    f"data {self.name}: its {split} split has only {len(ids)} tokens; give more "
+                    "text, or a shorter --context"
                 )
         return {
             split: Windows(torch.tensor(ids, dtype=torch.int32), context, split == "train")
@@ -75,11 +75,11 @@ class Task:
         """What `metrics` needs of each batch of a split. Language modelling needs nothing."""
 
     def metrics(self, loss: float, collected: list) -> dict[str, float]:
-        """What is reported of a split beside its mean loss. `collected` has an item for a batch."""
+        """What is reported with the mean loss of a split. `collected` has one item per batch."""
         return {"perplexity": math.exp(min(loss, 700))}
 
     def sample(self, write, tokenizer: Tokenizer, examples: Sequence[Example]) -> str | None:
-        """How the model continues a text; `write` appends tokens to ids. None if it writes none."""
+        """How the model continues a text (None for a task without text). write: ids -> more ids."""
         return tokenizer.decode(write(examples[0][0][:16].tolist()))
 
 
@@ -96,7 +96,7 @@ class Windows(Sequence):
 
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
-            raise IndexError(i)  # it ends a for loop
+            raise IndexError(i)  # so that a for loop ends
         start = i * self.stride
         window = self.tokens[start : start + self.context + 1].long()
         return window[:-1], window[1:]
@@ -112,7 +112,7 @@ def batch(examples: Sequence[Example], indices: Iterable[int]) -> Example:
     return pad_sequence(inputs, batch_first=True), padded_targets
 
 
-# Folders and files that nobody wrote for readers: tests, generated tables, installed packages.
+# Folders and files that are left out: tests, generated tables, installed packages.
 NOT_CODE = re.compile(
     r"tests?|idle_test|(site|dist)-packages|encodings|pydoc_data|_sysconfigdata.*|config-.*"
 )
@@ -153,7 +153,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"data {path}: not UTF-8 text ({error}); convert it to UTF-8") from error
 
 
-# What --data knows: a function of the argument that may follow a colon, as in NAME:ARGUMENT.
+# What --data knows, by NAME or NAME:ARGUMENT: functions of the argument (here unused).
 TASKS = {
     "prose": lambda argument: Task("prose", prose_documents()),
     "code": lambda argument: Task("code", [text for _, text in code_files()]),
@@ -182,7 +182,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
 def open_tokenizer(json: str) -> Tokenizer:
     """A tokenizer from its JSON."""
     tokenizer = Tokenizer.from_str(json)
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is only letters
+    tokenizer.encode_special_tokens = (
+        True  # a text that contains "<|endoftext|>" does not end there
+    )
     return tokenizer
 
 

@@ -1,9 +1,9 @@
 """A small GPT-2, the model to adapt. It knows nothing of adapters.
 
 It has GPT-2's architecture without dropout: learned positions, layer norm before each sublayer,
-tanh GELU, and a head that is tied to the token embedding. q, k and v are three nn.Linear instead
-of one c_attn, so that each of a block's six matrices can be adapted, can grow, and has a name:
-blocks.0.q, .k, .v, .o, .fc and .proj.
+tanh GELU, and a head that is tied to the token embedding. Instead of one c_attn there are three
+nn.Linear for q, k and v. So each block has six matrices that add_adapters can find by their names
+and replace: blocks.0.q, .k, .v, .o, .fc and .proj.
 """
 
 from dataclasses import dataclass
@@ -78,8 +78,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (batch, time), time <= context -> logits (batch, time, vocab_size), or what the
-        head of a task makes of each token."""
+        """Token ids (batch, time), time <= context -> logits (batch, time, vocab_size), or what a
+        task's head returns for each token."""
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)  # (batch, time, width)
@@ -94,7 +94,7 @@ def generate(
     model: GPT, ids: list[int], length: int = 60, temperature=0.8, top_k: int = 50, seed: int = 0
 ) -> list[int]:
     """`ids` and `length` more tokens, each sampled from the top_k most likely ones."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: one seed, one text everywhere
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices sample alike
     text = torch.tensor([ids], device=model.wte.weight.device)  # (1, time)
     for _ in range(length):
         logits = model(text[:, -model.config.context :])[:, -1].float()  # (1, vocab_size)

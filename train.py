@@ -70,7 +70,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     """Give the settings that depend on others their values."""
     if args.schedule is None:
         method = METHODS.get(args.method)
-        grows = hasattr(method, "importance") or not args.allocator.startswith("importance")
+        grows = hasattr(method, "importance") or args.allocator.partition(":")[0] != "importance"
         args.schedule = "linear" if grows and args.method != "full" else "none"
     defaults = {
         "init_rank": args.rank if args.schedule == "none" else (args.rank + 1) // 2,
@@ -89,7 +89,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
 def train(run: "Run") -> None:
     """The training loop, from wherever the run is to its last step."""
     args, model, optimizer, allocator = run.args, run.model, run.optimizer, run.allocator
-    losses, seconds = [], 0.0  # of the steps since the last evaluation
+    losses, tokens, seconds = [], 0, 0.0  # since the last evaluation
     for step in range(run.step + 1, args.steps + 1):
         began = time.perf_counter()
 
@@ -100,6 +100,8 @@ def train(run: "Run") -> None:
         inputs, targets = inputs.to(run.device), targets.to(run.device)  # (batch, time)
         model.train()
         loss = run.task.loss(run.logits(inputs), targets) / (targets != NO_TARGET).sum()
+        if not loss.isfinite():
+            sys.exit(f"the loss is {loss} at step {step}: give a lower --lr")
         optimizer.zero_grad()
         loss.backward()
 
@@ -116,17 +118,17 @@ def train(run: "Run") -> None:
 
         # Report and save.
         run.step = step
-        losses.append(run.finite(loss.item()))
+        losses.append(loss.item())
+        tokens += inputs.numel()
         seconds += time.perf_counter() - began
         if grown:
             scores, threshold = allocator.last_scores, allocator.threshold
             run.note("allocation", grown=grown, threshold=threshold, scores=scores)
         if step % args.eval_interval == 0 or step == args.steps:
-            speed = len(losses) * inputs.numel() / seconds
-            mean = sum(losses) / len(losses)
+            mean, speed = sum(losses) / len(losses), tokens / seconds
             run.report(train_loss=mean, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
             run.save()
-            losses, seconds = [], 0.0
+            losses, tokens, seconds = [], 0, 0.0
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -171,7 +173,8 @@ class Run:
         if context > model.config.context:
             raise ValueError(f"--context {context}: this base allows {model.config.context}")
         self.examples = self.task.examples(self.tokenizer, context)
-        self.checksum = checksum(self.task, self.tokenizer, model)
+        base = checksum(self.tokenizer.to_str(), model.state_dict().values())
+        self.checksums = {"data": checksum(repr(self.task)), "base": base}
 
         # Adapters, optimizer, allocator.
         torch.manual_seed(args.seed)
@@ -189,7 +192,7 @@ class Run:
         self.log = []
         self.began = time.perf_counter()
         if checkpoint:
-            if checkpoint["checksum"] != self.checksum:
+            if checkpoint["checksums"] != self.checksums:
                 raise ValueError("--resume: the data or the base changed since then; restore them")
             triadapt.load_adapter_state_dict(model, checkpoint["trained"], self.optimizer)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -201,7 +204,7 @@ class Run:
             print(f"resumed  at step {self.step} of {args.steps}")
 
     def make_allocator(self):
-        """The allocator that --allocator names, as NAME or NAME:ARGUMENT of ALLOCATORS."""
+        """The allocator of --allocator: NAME or NAME:ARGUMENT of ALLOCATORS."""
         name, _, argument = self.args.allocator.partition(":")
         if name not in ALLOCATORS:
             raise ValueError(f"--allocator {name}: must be one of {', '.join(ALLOCATORS)}")
@@ -209,8 +212,8 @@ class Run:
         settings = {name: getattr(self.args, name) for name in names}
         if argument:
             settings["argument"] = argument
-        steps = self.args.steps
-        return ALLOCATORS[name](self.adapters, self.optimizer, total_steps=steps, **settings)
+        settings["total_steps"] = self.args.steps
+        return ALLOCATORS[name](self.adapters, self.optimizer, **settings)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(batch, time) -> (batch, time, outputs), in float32."""
@@ -231,15 +234,11 @@ class Run:
             loss_sum += self.task.loss(logits, targets).item()
             count += (targets != NO_TARGET).sum().item()
             collected.append(self.task.collect(logits, targets))
-        loss = self.finite(loss_sum / count)
+        loss = loss_sum / count
+        if not math.isfinite(loss):
+            sys.exit(f"the {split} loss is {loss} at step {self.step}: give a lower --lr")
         metrics = {"loss": loss} | self.task.metrics(loss, collected)
         return {f"{split}_{name}": value for name, value in metrics.items()}
-
-    def finite(self, loss: float) -> float:
-        """The loss. A loss that is not finite ends the program."""
-        if not math.isfinite(loss):
-            sys.exit(f"the loss is {loss} after step {self.step}: give a lower --lr")
-        return loss
 
     def test(self, when: str) -> dict:
         """Print and return test loss and metrics, and how the model continues a text."""
@@ -286,9 +285,11 @@ class Run:
         self.note(
             "start",
             command=shlex.join(sys.argv),
-            versions={"python": sys.version.split()[0], "torch": str(torch.__version__)},
+            versions=[sys.version.split()[0], str(torch.__version__)],  # Python's and torch's
             device=str(self.device),
             settings=vars(args),
+            checksums=self.checksums,
+            lr_ratios=[group["lr_ratio"] for group in self.optimizer.param_groups],
             parameters=parameters,
             budget=allocator.budget if allocator else None,
             **self.test("before"),
@@ -328,7 +329,7 @@ class Run:
             save_file(out / "model.pt", base_file(self.model, self.tokenizer))
         checkpoint = {
             "settings": settings,
-            "checksum": self.checksum,
+            "checksums": self.checksums,
             "step": self.step,
             "seconds": time.perf_counter() - self.began,
             "log": self.log,
@@ -379,13 +380,12 @@ def open_base(spec: str, texts: list[str] = ()) -> tuple[GPT, Tokenizer]:
 BASES = {"scratch": lambda argument, texts: (GPT(GPTConfig()), data.train_tokenizer(texts))}
 
 
-def checksum(task: data.Task, tokenizer: Tokenizer, model: nn.Module) -> str:
-    """Changes if the data, the tokenizer or a weight of the base does."""
-    sha = hashlib.sha256(repr(task).encode("utf-8", "surrogatepass"))
-    sha.update(tokenizer.to_str().encode())
-    for tensor in model.state_dict().values():
+def checksum(content: str, tensors=()) -> str:
+    """A short text that changes if the content does."""
+    sha = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
+    for tensor in tensors:
         sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
+    return sha.hexdigest()[:16]
 
 
 def new_folder(args: argparse.Namespace) -> str:
@@ -401,7 +401,7 @@ def new_folder(args: argparse.Namespace) -> str:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Namespace, dict | None]:
-    """The settings, and the checkpoint if a run is resumed, whose settings cannot change."""
+    """The settings, and the checkpoint if a run is resumed. Its settings cannot change."""
     args = parser.parse_args(argv)
     if not args.resume:
         fill_defaults(args)

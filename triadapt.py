@@ -14,8 +14,8 @@ Growth from rank 3 to rank 4 appends to all four factors, and no trained entry m
     L in memory, row by row:          o | o o | o o o | + + + +
     U in memory, column by column:    o | o o | o o o | + + + +
 
-The update B (L + U) A does not change at growth, because the new column of B is zero. That column
-and U's get a gradient at once, the new rows of L and A as soon as B's column has moved.
+The update B (L + U) A does not change at growth, because the new columns of B and U are zero. Both
+get a gradient at once, the new rows of L and A as soon as B's column has moved.
 
 This file follows the paper: split, start and growth of a matrix, Adam's state, importance, score,
 threshold, schedules. Functions for whole models are at the end.
@@ -85,7 +85,8 @@ class LoRALinear(nn.Module):
             old = getattr(self, name, None)
             new = nn.Parameter(empty.to(self.base.weight.device, torch.float32))
             new.requires_grad_(old is None or old.requires_grad)
-            replace_parameter(optimizer, old, new)
+            if replace_parameter(optimizer, old, new):
+                raise ValueError("load the adapters before the optimizer's state")
             setattr(self, name, new)
         self.grow(rank, optimizer)
 
@@ -129,17 +130,16 @@ class LoRALinear(nn.Module):
 
 
 # The state of torch's optimizers that can grow. All other kinds are refused.
-FIRST_MOMENTS = {"exp_avg", "momentum_buffer"}
 SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
-MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
+MOMENTS = {"exp_avg", "momentum_buffer"} | SECOND_MOMENTS
 
 
 def carry_state(optimizer, old: Tensor, new: Tensor, entries: Tensor, axis: int) -> None:
     """Let an optimizer train `new` instead of `old`, with the moments of the old entries.
 
-    New first moments are zero, new second moments the mean of their tensor. So a new entry whose
-    gradients are like its tensor's moves 0.1 of the learning rate at first, and never more than the
-    rate. With zeros for both it could move 6.6 times the rate (beta2 .999).
+    New first moments are zero, new second moments the mean of their tensor: a new entry with the
+    gradients of its tensor begins with 0.1 of the learning rate. With zeros for both, it could move
+    6.6 times the rate (beta2 .999).
     """
     state = replace_parameter(optimizer, old, new)
     for key in MOMENTS & state.keys():
@@ -179,9 +179,7 @@ def check_optimizer(optimizer, adapters: dict[str, LoRALinear]) -> None:
 
 class TriAdaptLinear(LoRALinear):
     """A frozen nn.Linear plus s B (L + U) A x: r (d_in + d_out) + r (r + 1) trained parameters.
-
-    lora_L and lora_U are packed, so a new rank is appended to them, as it is to A and B.
-    """
+    L and U are packed in lora_L and lora_U, so a new rank is appended to all four tensors."""
 
     GROWS_ALONG = {"lora_B": 1, "lora_L": 0, "lora_U": 0, "lora_A": 0}
 
@@ -210,9 +208,9 @@ class TriAdaptLinear(LoRALinear):
 class RankAllocator:
     """Grows the matrices whose score reaches a dynamic threshold, until a budget is spent.
 
-    The budget is the sum of the adapters' target ranks, so one matrix may get more than its own.
-    The total rank never exceeds it, because the last growth is cut to what is left. Override
-    `scores` to let another signal decide. Raises ValueError if nothing can grow.
+    The budget is the sum of the adapters' target ranks. One matrix may get more than its share, but
+    the total rank never exceeds the budget, because the last growth is cut. Override `scores` to
+    let another signal decide. Raises ValueError if nothing can grow.
     """
 
     adapters: dict[str, LoRALinear]  # by module name, from add_adapters or find_adapters
@@ -260,13 +258,13 @@ class RankAllocator:
         return {name: F - self.baseline[name] for name, F in self.importances().items()}
 
     def step(self, t: int) -> list[str]:
-        """Call after optimizer step t = 1, 2, ..., total_steps. Returns the matrices that grew.
+        """Call after each optimizer step, t = 1, 2, ..., total_steps. Returns the names that grew.
 
         Growth replaces Parameters: take lists of them (for clipping, an EMA) anew after it. Raises
         ValueError for what would spoil the training silently.
         """
-        if not self.last_step < t <= self.total_steps:
-            raise ValueError(f"step {t}: must be from {self.last_step + 1} to {self.total_steps}")
+        if t != self.last_step + 1 or t > self.total_steps:
+            raise ValueError(f"step {t}: expected {self.last_step + 1} of {self.total_steps}")
         self.last_step = t
         if t == self.warmup:
             self.take_baseline()  # changes during the warm-up do not count
@@ -414,6 +412,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         plain = type(base).forward is nn.Linear.forward and "forward" not in vars(base)
         if not plain or hooks or type(base._parameters.get("weight")) is not nn.Parameter:
             raise ValueError(f"{name}: cannot be merged, it is not W x + b alone: {base}")
+        kind = type(adapter)
+        if kind.forward is not LoRALinear.forward and kind.weight is LoRALinear.weight:
+            raise ValueError(f"{name}: {kind.__name__} overrides forward, but not weight")
         merged[adapter] = copy.deepcopy(base)
         merged[adapter].weight.copy_(adapter.weight)
     if not merged:
@@ -423,9 +424,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that training changes: adapters with their scales and target ranks, other
-    trained parameters, and buffers, such as BatchNorm statistics. {name: tensor}, for torch.save.
-    """
+    """Copies of all that training changes, {name: tensor}: adapters with their scales and ranks,
+    other trained parameters, and buffers, such as BatchNorm statistics."""
     kept = {name for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
     kept |= {name for name, _ in model.named_buffers()}
     kept |= {f"{name}._extra_state" for name in find_adapters(model)}
@@ -435,9 +435,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], optimizer=None) -> None:
     """Load what adapter_state_dict returned into a model with the same target modules and method.
 
-    Each adapter gets the saved rank, scale and target rank. A new rank means new Parameters, so
-    create the optimizer afterwards, or pass it here and load its own state afterwards.
-    Raises ValueError if the names differ, and torch's RuntimeError if a shape does.
+    Each adapter gets the saved rank, scale and target rank. A new rank means new Parameters: create
+    the optimizer afterwards, or pass it, and load its own state afterwards. Raises ValueError if a
+    name differs, and torch's RuntimeError if a shape does.
     """
     odd = adapter_state_dict(model).keys() ^ state.keys()
     if odd:

@@ -76,8 +76,8 @@ class Allocator(RankAllocator):
         """RankAllocator.step. With a budget in parameters, a matrix grows only if it can pay."""
         if self.argument == "ranks":
             return super().step(t)
-        if not self.last_step < t <= self.total_steps:
-            raise ValueError(f"step {t}: must be from {self.last_step + 1} to {self.total_steps}")
+        if t != self.last_step + 1 or t > self.total_steps:
+            raise ValueError(f"step {t}: expected {self.last_step + 1} of {self.total_steps}")
         self.last_step = t
         if t == self.warmup:
             self.take_baseline()

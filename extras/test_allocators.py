@@ -114,6 +114,7 @@ def test_norm_change_is_its_formula_and_restarts():
     allocator = allocators.UpdateNormChange(adapters, adam(net), **GROWTH)
     before = {name: update(a).norm().item() / a.rank for name, a in adapters.items()}
     assert allocator.norms() == pytest.approx(before, rel=1e-5)
+    assert [allocator.step(t) for t in (1, 2, 3)] == [[], [], []]
     adapters["0"].lora_B.data *= 3
     assert allocator.scores() == pytest.approx({"0": 2 * before["0"], "2": 0.0}, abs=1e-4)
     assert allocator.step(4) == ["0"]

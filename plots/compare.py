@@ -26,6 +26,7 @@ from plots import run
 WIDTH = 100  # columns of the table
 IGNORED = ("seed", "out", "resume", "eval_interval")  # settings that make no other group
 GROWTH = ("init_rank", "allocator", "warmup", "interval", "rank_step", "top_k")  # if ranks grow
+NOTED = ("data", "base", "context", "steps")  # runs that differ in these are hard to compare
 COLUMNS = ["seeds", "test loss", "deviation", "parameters", "seconds"]
 
 Log = list[dict]
@@ -37,17 +38,24 @@ def select(logs: dict[str, Log]) -> tuple[list[Log], list[str]]:
     for folder, log in logs.items():
         settings = log[0]["settings"]
         key = str((settings["seed"], settings_of(log)))
+        loss = log[-1].get("test_loss")
         if not is_finished(log):
             step = f"step {log[-1]['step']} of {settings['steps']}"
             notes.append(f"{folder} is not finished ({step}): only the figure has it")
-        elif key in seen:
-            notes.append(f"{folder} is left out: it repeats {seen[key]} with the same seed")
+        elif key not in seen:
+            seen[key] = folder, loss
+        elif math.isclose(loss, seen[key][1], rel_tol=1e-3):
+            notes.append(f"{folder} is left out: it repeats {seen[key][0]} with the same seed")
             continue
         else:
-            seen[key] = folder
+            notes.append(f"{folder} has the settings and seed of {seen[key][0]}, but another loss")
         selected.append(log)
-    for name in ("data", "base", "context", "steps"):
-        if len({log[0]["settings"][name] for log in selected}) > 1:
+    facts = {name: [log[0]["settings"][name] for log in selected] for name in NOTED}
+    facts["versions of Python or torch"] = [log[0].get("versions") for log in selected]
+    facts["device"] = [log[0].get("device") for log in selected]
+    facts["content of the data"] = [log[0].get("checksums", {}).get("data") for log in selected]
+    for name, values in facts.items():
+        if len(set(map(str, values))) > 1:
             notes.append(f"these runs differ in {name}: that alone may change the loss")
     return selected, notes
 
@@ -56,7 +64,8 @@ def settings_of(log: Log) -> dict:
     """The settings that had an effect, without seed and folder."""
     settings = log[0]["settings"]
     idle = IGNORED if log[0]["budget"] else (*IGNORED, *GROWTH)
-    return {name: value for name, value in settings.items() if name not in idle}
+    ratios = {"lr_ratios": log[0].get("lr_ratios")}  # of a fork such as LoRA+
+    return {name: value for name, value in (settings | ratios).items() if name not in idle}
 
 
 def is_finished(log: Log) -> bool:
