@@ -53,8 +53,7 @@ class Task:
         for split, ids in tokens.items():
             if len(ids) <= context:
                 raise ValueError(
-                    f"data {self.name}: its {split} split has only {len(ids)} tokens; give more "
-                    "text, or a shorter --context"
+                    f"data {self.name}: only {len(ids)} tokens in its {split} split: give more text"
                 )
         return {
             split: Windows(torch.tensor(ids, dtype=torch.int32), context, split == "train")

@@ -15,7 +15,7 @@ Growth from rank 3 to rank 4 appends to all four factors, and no trained entry m
     U in memory, column by column:    o | o o | o o o | + + + +
 
 The update B (L + U) A does not change at growth, because the new columns of B and U are zero. Both
-get a gradient at once, the new rows of L and A as soon as B's column has moved.
+get gradients at once (U's last entry, and the new rows of L and A, as soon as B's column moved).
 
 This file follows the paper: split, start and growth of a matrix, Adam's state, importance, score,
 threshold, schedules. Functions for whole models are at the end.
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 
 def unpack_core(packed_L: Tensor, packed_U: Tensor, r: int) -> Tensor:
-    """The triangular split L + U, (r, r), where both hold a diagonal. It can be any matrix, and its
-    packed triangles grow by appending.
+    """The triangular split L + U, (r, r). Both triangles hold a diagonal, so the sum can be any
+    matrix, with two parameters for a diagonal entry.
 
     packed_L has the r (r + 1) / 2 entries of L row by row, packed_U those of U column by column.
     """
@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
         return {"lora_B": torch.zeros(d_out, n), "lora_A": A}
 
     def start(self, rank: int, optimizer=None) -> None:
-        """Begin with new tensors of this rank: the start is growth from rank 0."""
+        """New tensors of this rank, by growth from rank 0. For __init__, and for loading."""
         self.rank = 0
         self.lengths = dict.fromkeys(self.GROWS_ALONG, 0)  # entries of each along its axis
         for name, empty in self.new_entries(0).items():
@@ -200,17 +200,18 @@ class TriAdaptLinear(LoRALinear):
 
     @torch.no_grad()
     def importance(self) -> Tensor:
-        """F = ||L + U||_F / r, the normalized Frobenius norm. Compare F only at equal rank."""
+        """F = ||L + U||_F / r, the normalized Frobenius norm. The identity has 1 / sqrt(r)."""
         return self.core().norm() / self.rank
 
 
 @dataclass(eq=False)
 class RankAllocator:
-    """Grows the matrices whose score reaches a dynamic threshold, until a budget is spent.
+    """Grows the matrices with the k highest scores, until a budget is spent. The k-th largest score
+    is the paper's dynamic threshold.
 
     The budget is the sum of the adapters' target ranks. One matrix may get more than its share, but
-    the total rank never exceeds the budget, because the last growth is cut. Override `scores` to
-    let another signal decide. Raises ValueError if nothing can grow.
+    the total rank never exceeds the budget. Override `scores` to let another signal decide. Raises
+    ValueError if nothing can grow.
     """
 
     adapters: dict[str, LoRALinear]  # by module name, from add_adapters or find_adapters
@@ -283,7 +284,7 @@ class RankAllocator:
         if any(math.isnan(score) for score in scores.values()):
             raise ValueError(f"a score is not a number: {scores}")
 
-        # The k highest scores grow. They may be negative, because F often falls. Sorting is
+        # The matrices with the k highest scores grow, also if these are negative. Sorting is
         # stable, so ties go to the first in module order.
         ranking = sorted(scores, key=scores.get, reverse=True)
         grown = ranking[:k]
@@ -292,7 +293,7 @@ class RankAllocator:
         for name in grown:
             n = min(self.rank_step, self.budget - self.total_rank)
             self.adapters[name].grow(n, self.optimizer)
-        self.take_baseline()  # at the new ranks, so that growth does not score itself
+        self.take_baseline()  # growth itself changes F, which must not count
         return grown
 
     def count(self, t: int, Q: int) -> int:
@@ -331,8 +332,8 @@ class RankAllocator:
         self.check()
 
 
-# k, how many matrices may grow at an allocation, before it is rounded down. Q: ranks of the budget
-# that are left. m: progress since the warm-up, 0 to 1. The paper calls exponential non-linear.
+# k before `count` rounds it down and clips it. Q: ranks of the budget that are left. m: progress
+# since the warm-up, 0 to 1. "exponential" is the paper's non-linear schedule.
 SCHEDULES = {
     "linear": lambda Q, m, top_k: Q * m,
     "exponential": lambda Q, m, top_k: math.exp(m * math.log(Q)),

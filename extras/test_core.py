@@ -188,7 +188,7 @@ def test_scratch_and_full_training_make_a_base(home):
     [
         ("--data nothing.txt", "--data nothing.txt: not a file, and not one of prose, code"),
         ("--data tiny.pt", "data tiny.pt: not UTF-8 text"),
-        ("--data short.txt", "more text, or a shorter --context"),
+        ("--data short.txt", "split: give more text"),
         ("--base nothing.pt", "--base nothing.pt: not a file, and not one of scratch"),
         ("--base runs/adapter.pt", "holds no model; give the model.pt of --method full"),
         ("--context 17", "--context 17: this base allows 16"),
@@ -300,6 +300,9 @@ def test_readme_links_to_the_lines():
 def test_readme_shows_the_committed_run():
     lines = (ROOT / "plots/first_run/log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
+    sizes = [(128, 128)] * 16 + [(128, 512)] * 8  # of the 24 matrices
+    lora = sum(8 * (d_out + d_in) for d_out, d_in in sizes)
+    assert f"{log[-1]['trainable']:,} and {lora:,} trained parameters" in README
     steps = [entry["step"] for entry in log if entry["kind"] == "allocation"]
     assert f"total rank 96 -> 192 of 192, from step {steps[0]} to {steps[-1]}" in README
     for name, entry in {"before": log[0], "after": log[-1]}.items():

@@ -122,7 +122,7 @@ def draw_growth() -> Figure:
         title="How many matrices grow at an allocation?", ylabel="matrices, k", ylim=(0, None)
     )
     total.legend(loc="lower right")
-    count.legend(title="Q ranks are left, m is the progress from 0 to 1")
+    count.legend(title="Q ranks are left, m is the progress from 0 to 1, k is at least 1")
     return figure
 
 

@@ -7,6 +7,7 @@ python plots/run.py runs/NAME      # reads runs/NAME/log.jsonl, writes runs/NAME
 
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -165,6 +166,10 @@ def draw_importance(axes, log: list[dict]) -> None:
     for kind, color, marker in zip(shown, PALETTE, MARKERS, strict=False):
         axes.plot(steps, lines[kind], color=color, marker=marker, markersize=5, label=plain(kind))
     title = "How does the importance of each kind change?"
+    identity = [mean(entry["ranks"].values()) ** -0.5 for entry in measured]
+    if math.isclose(lines[shown[0]][0], identity[0], rel_tol=0.01):  # not that of a fork
+        axes.plot(steps, identity, color=GRAY, linestyle="--", label="core = identity")
+        title += "\n(growth alone lowers it: dashed)"
     if len(shown) < len(kinds):
         title += f"\nShown: the {len(shown)} of {len(kinds)} kinds that change most"
     label_axes(axes, log, title, "mean of F = ‖L + U‖ / r (no unit)")

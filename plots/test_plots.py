@@ -92,6 +92,19 @@ def test_importance_has_a_line_per_kind():
     assert lines["k"][-1] == pytest.approx([6, mean])
 
 
+def test_importance_of_the_identity_is_dashed():
+    log = make_log()
+    for entry in log:
+        entry["importance"] = dict.fromkeys(log[0]["importance"], 4**-0.5)
+        entry["ranks"] = dict.fromkeys(log[0]["ranks"], 4)
+    log[-1]["ranks"] = dict.fromkeys(log[0]["ranks"], 16)
+    axes = run.Figure().subplots()
+    run.draw_importance(axes, log)
+    assert axes.lines[-1].get_label() == "core = identity"
+    dashed = list(axes.lines[-1].get_ydata())
+    assert dashed[0] == 0.5 and dashed[-1] == 0.25
+
+
 def test_of_many_kinds_six_are_shown():
     axes = run.Figure().subplots()
     run.draw_importance(axes, make_log(kinds="abcdefgh"))  # later ones change more
@@ -147,6 +160,13 @@ def test_repeats_and_unfinished_runs_are_named():
     assert selected == [logs["a"], logs["c"], logs["d"]]
     for start in ("b is left out", "c is not finished (step 2 of 6)", "these runs differ in data"):
         assert any(note.startswith(start) for note in notes)
+    other = make_log()
+    other[-1]["test_loss"] += 0.1  # another version of a fork, for example
+    selected, notes = compare.select({"a": logs["a"], "other": other})
+    assert len(selected) == 2
+    assert notes == ["other has the settings and seed of a, but another loss"]
+    other[0]["lr_ratios"] = [16.0, 1.0]
+    assert len(compare.group_runs([logs["a"], other])) == 2
 
 
 def test_table_fits_its_width():
