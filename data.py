@@ -1,4 +1,4 @@
-"""Texts as batches of token ids. It knows nothing of models.
+"""Texts as batches of token ids, without any model.
 
 Two corpora come with every Python, so nothing is downloaded:
 

@@ -1,7 +1,7 @@
 """A small GPT-2, the model to adapt. It knows nothing of adapters.
 
-It has GPT-2's architecture without dropout: learned positions, layer norm before each sublayer,
-tanh GELU, and a head that is tied to the token embedding. Instead of one c_attn there are three
+It has GPT-2's architecture without dropout: learned positions, layer norm before each sublayer and
+tanh GELU. The output weights are the token embedding. Instead of one c_attn there are three
 nn.Linear for q, k and v. So each block has six matrices that add_adapters can find by their names
 and replace: blocks.0.q, .k, .v, .o, .fc and .proj.
 """

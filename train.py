@@ -42,7 +42,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--base", type=path, default="base.pt", help=f"a model.pt, or {', '.join(BASES)} [base.pt]")
     # Adapters.
     add("--method", choices=[*METHODS, "full"], default="triadapt", help="full trains all weights")
-    add("--rank", type=int, default=8, help="target rank, the mean in the end: scale, budget [8]")
+    add("--rank", type=int, default=8, help="target rank of a matrix: scale, mean in the end [8]")
     add("--init-rank", type=int, help="rank at the start [half the rank if it is to grow]")
     add("--alpha", type=float, default=16.0, help="the scale of the update is alpha / rank [16]")
     add("--target-modules", default="q|k|v|o|fc|proj", help="regular expression [%(default)s]")
@@ -94,7 +94,7 @@ def train(run: "Run") -> None:
         began = time.perf_counter()
 
         # Forward and backward. Seed and step determine batch, dropout and new ranks, so a resumed
-        # run needs no state of a random generator. No two steps of two seeds share a number.
+        # run needs no state of a random generator. Seeds lie a million steps apart.
         torch.manual_seed(args.seed * 1_000_003 + step)
         inputs, targets = draw_batch(run.examples["train"], args.seed, step, args.batch_size)
         inputs, targets = inputs.to(run.device), targets.to(run.device)  # (batch, time)
@@ -188,7 +188,7 @@ class Run:
         self.allocator = self.make_allocator() if args.schedule != "none" else None
 
         # Progress. A resumed run continues with adapters first, then optimizer, then allocator.
-        self.step = 0
+        self.step = self.saved = 0
         self.log = []
         self.began = time.perf_counter()
         if checkpoint:
@@ -198,7 +198,7 @@ class Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if self.allocator:
                 self.allocator.load_state_dict(checkpoint["allocator"])
-            self.step = checkpoint["step"]
+            self.step = self.saved = checkpoint["step"]
             self.log = checkpoint["log"]
             self.began -= checkpoint["seconds"]
             print(f"resumed  at step {self.step} of {args.steps}")
@@ -300,11 +300,11 @@ class Run:
         """Evaluate, log and print how far the run is."""
         if self.device.type == "cuda":
             values["peak_memory"] = torch.cuda.max_memory_allocated(self.device)  # bytes
-        before = [entry for entry in self.log if entry["kind"] != "allocation"][-1]["total_rank"]
+        earlier = [entry for entry in self.log if entry["kind"] != "allocation"][-1]["total_rank"]
         entry = self.note("eval", train_loss=train_loss, **values, **self.evaluate("val"))
         step, steps, rank = self.step, self.args.steps, entry["total_rank"]
         left = entry["seconds"] / step * (steps - step)
-        print(f"step {step:5}/{steps}  rank {rank} (+{rank - before})  ", end="")
+        print(f"step {step:5}/{steps}  rank {rank} (+{rank - earlier})  ", end="")
         print(f"train {train_loss:.4f}  val {entry['val_loss']:.4f}  {left:4.0f} s left")
 
     def finish(self) -> None:

@@ -14,8 +14,8 @@ Growth from rank 3 to rank 4 appends to all four factors, and no trained entry m
     L in memory, row by row:          o | o o | o o o | + + + +
     U in memory, column by column:    o | o o | o o o | + + + +
 
-The update B (L + U) A does not change at growth, because the new columns of B and U are zero. Both
-get gradients at once (U's last entry, and the new rows of L and A, as soon as B's column moved).
+The update B (L + U) A does not change at growth, because the new columns of B and U are zero. B's
+column gets a gradient at once, all other new entries one step later at the latest.
 
 This file follows the paper: split, start and growth of a matrix, Adam's state, importance, score,
 threshold, schedules. Functions for whole models are at the end.
@@ -80,7 +80,7 @@ class LoRALinear(nn.Module):
     def start(self, rank: int, optimizer=None) -> None:
         """New tensors of this rank, by growth from rank 0. For __init__, and for loading."""
         self.rank = 0
-        self.lengths = dict.fromkeys(self.GROWS_ALONG, 0)  # entries of each along its axis
+        self.lengths = dict.fromkeys(self.GROWS_ALONG, 0)  # entries of each, to notice sharding
         for name, empty in self.new_entries(0).items():
             old = getattr(self, name, None)
             new = nn.Parameter(empty.to(self.base.weight.device, torch.float32))
@@ -121,7 +121,7 @@ class LoRALinear(nn.Module):
     bias = property(lambda self: self.base.bias)  # for the same code
 
     def get_extra_state(self) -> Tensor:
-        """What torch saves and loads with the tensors."""
+        """What torch saves with the tensors. load_adapter_state_dict reads the rank."""
         return torch.tensor([self.scale, self.target_rank, self.rank], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -229,9 +229,9 @@ class RankAllocator:
         self.threshold, self.last_scores = math.nan, {}  # of the last allocation
         self.take_baseline()
         if not self.plan():
-            ranks, steps = f"total rank {self.total_rank} of {self.budget}", self.total_steps
-            when = f"warmup {self.warmup} and interval {self.interval} of {steps} steps"
-            raise ValueError(f"nothing can grow with {ranks}, {when}: lower init_rank or these")
+            ranks = f"total rank {self.total_rank} of {self.budget}"
+            when = f"warmup {self.warmup} + interval {self.interval} of {self.total_steps} steps"
+            raise ValueError(f"nothing can grow with {ranks}, {when}: raise rank or total_steps")
         if not self.baseline and type(self).scores is RankAllocator.scores:
             raise ValueError("these adapters have no importance, so another allocator must decide")
         check_optimizer(self.optimizer, self.adapters)
@@ -261,8 +261,8 @@ class RankAllocator:
     def step(self, t: int) -> list[str]:
         """Call after each optimizer step, t = 1, 2, ..., total_steps. Returns the names that grew.
 
-        Growth replaces Parameters: take lists of them (for clipping, an EMA) anew after it. Raises
-        ValueError for what would spoil the training silently.
+        Growth replaces Parameters. Take lists of them (for clipping, an EMA) anew after it, and use
+        one process: DistributedDataParallel keeps the old ones, and its replicas drift apart.
         """
         if t != self.last_step + 1 or t > self.total_steps:
             raise ValueError(f"step {t}: expected {self.last_step + 1} of {self.total_steps}")
@@ -284,8 +284,8 @@ class RankAllocator:
         if any(math.isnan(score) for score in scores.values()):
             raise ValueError(f"a score is not a number: {scores}")
 
-        # The matrices with the k highest scores grow, also if these are negative. Sorting is
-        # stable, so ties go to the first in module order.
+        # The matrices with the k highest scores grow, also if these are negative (F often falls).
+        # Sorting is stable, so ties go to the first in module order.
         ranking = sorted(scores, key=scores.get, reverse=True)
         grown = ranking[:k]
         self.threshold = scores[grown[-1]]  # the k-th largest score
@@ -302,11 +302,11 @@ class RankAllocator:
         if Q <= 0 or since <= 0 or since % self.interval != 0:
             return 0
         m = since / (self.total_steps - self.warmup)  # progress, from 0 to 1
-        k = math.floor(SCHEDULES[self.schedule](Q, m, self.top_k) + 1e-9)  # rounding errors
+        k = math.floor(SCHEDULES[self.schedule](Q, m, self.top_k) + 1e-9)  # 2.999... is 3
         return min(max(1, k), len(self.adapters), math.ceil(Q / self.rank_step))
 
     def plan(self) -> list[tuple[int, int]]:
-        """(step, total rank after it) of each allocation, which does not depend on the scores."""
+        """(step, total rank after it) of each allocation, if all matrices are trained by then."""
         plan, total = [], self.total_rank
         for t in range(1, self.total_steps + 1):
             k = self.count(t, self.budget - total)
