@@ -392,7 +392,7 @@ def test_plain_lora_grows_without_importance():
         allocator.step(t)
     assert [adapter.rank for adapter in adapters.values()] == [4, 4]
     net, adapters = adapted(method="lora")
-    with pytest.raises(ValueError, match="have no importance"):
+    with pytest.raises(ValueError, match="no importance in these adapters: use triadapt"):
         allocator_of(adapters, adamw(net))
 
 

@@ -233,7 +233,7 @@ class RankAllocator:
             when = f"warmup {self.warmup} + interval {self.interval} of {self.total_steps} steps"
             raise ValueError(f"nothing can grow with {ranks}, {when}: raise rank or total_steps")
         if not self.baseline and type(self).scores is RankAllocator.scores:
-            raise ValueError("these adapters have no importance, so another allocator must decide")
+            raise ValueError("no importance in these adapters: use triadapt, or another allocator")
         check_optimizer(self.optimizer, self.adapters)
 
     @property

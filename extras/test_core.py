@@ -197,7 +197,7 @@ def test_scratch_and_full_training_make_a_base(home):
         ("--rank 1", "nothing can grow with total rank 6 of 6"),
         (
             "--method lora --schedule linear",
-            "these adapters have no importance, so another allocator must decide",
+            "no importance in these adapters: use triadapt, or another allocator",
         ),
         ("--interval 0", "interval 0: must be 1 or more"),
         ("--seed -1", "seed -1: must be 0 or more"),
