@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -341,6 +342,19 @@ def test_readme_claims_are_those_of_the_evidence():
     assert len(numbers) == 5
     assert all(number in page for number in numbers)
     assert "(1.05) as long as LoRA" in page and "(0.87) as long as peft AdaLoRA" in page
+
+
+def test_readme_pace_is_that_of_eight_seeds():
+    lines = (ROOT / "extras/results/pace.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = {}
+    for row in map(json.loads, lines):
+        losses.setdefault(row["interval"], {})[row["seed"]] = row["test_loss"]
+    assert [sorted(seeds) for seeds in losses.values()] == [list(range(1, 9))] * 3
+    pace, every, lora = (statistics.mean(losses[key].values()) for key in (5, 1, None))
+    assert f"{pace:.4f} at this pace, {every:.4f} with `--interval 1`, and {lora:.4f}" in README
+    differences = [losses[5][seed] - losses[1][seed] for seed in range(1, 9)]
+    half_width = 2.3646 * statistics.stdev(differences) / 8**0.5  # Student's t, 7 degrees
+    assert f"{statistics.mean(differences):.4f} ± {half_width:.4f}" in README
 
 
 def test_base_is_that_of_the_evidence():
