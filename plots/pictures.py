@@ -118,9 +118,7 @@ def draw_growth() -> Figure:
     total.set(
         title="When is the budget spent?", ylabel="total rank", ylim=(0, 1.15 * allocator.budget)
     )
-    count.set(
-        title="How many matrices grow at an allocation?", ylabel="matrices, k", ylim=(0, None)
-    )
+    count.set(title="How many matrices grow at an allocation?", ylabel="matrices, k", ylim=(0, 13))
     total.legend(loc="lower right")
     count.legend(title="Q ranks are left, m is the progress from 0 to 1, k is at least 1")
     return figure
