@@ -3,135 +3,72 @@
     python -m extras --allocator worth
     python -m extras --allocator random:parameters     # the budget counts trained parameters
 
-Each class is a RankAllocator with other `scores`, entered in ALLOCATORS. What it remembers goes
-into its state_dict, so that a checkpoint holds it.
+Each class is a RankAllocator with other `scores`, which can grow plain LoRA as well. At the end of
+this file they enter ALLOCATORS.
 """
 
 import copy
-import math
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from triadapt import ALLOCATORS, LoRALinear, RankAllocator
 
 
-@dataclass(eq=False, kw_only=True)
-class Allocator(RankAllocator):
-    """The paper's importance, with a budget in ranks or in trained parameters.
+class Signal(RankAllocator):
+    """A RankAllocator whose checkpoint holds the attributes named in REMEMBERS."""
 
-    A budget in parameters is what plain LoRA trains at the target ranks. It is never exceeded, and
-    in the end less is left than the cheapest rank costs. Then `budget` and `plan` estimate ranks,
-    because the price of a rank depends on the matrix that grows.
-    """
+    REMEMBERS = ()
 
-    argument: str = "ranks"  # or "parameters"
+    def state_dict(self) -> dict:
+        remembered = {name: copy.deepcopy(getattr(self, name)) for name in self.REMEMBERS}
+        return super().state_dict() | remembered
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for name in self.REMEMBERS:
+            setattr(self, name, copy.deepcopy(state[name]))
+
+
+class Random(Signal):
+    """A control: any matrix may be next. The generator is its own, and starts with the seed of
+    torch's global one, so two runs with the same seed draw the same."""
+
+    REMEMBERS = ("draws", "generator_state")
 
     def __post_init__(self):
-        if self.argument not in ("ranks", "parameters"):
-            raise ValueError(f"allocator argument {self.argument}: must be ranks or parameters")
-        self.prices = {}  # {(name, rank, ranks more): parameters}
+        seeded = torch.Generator().manual_seed(torch.initial_seed())
+        self.generator_state = seeded.get_state()
         super().__post_init__()
 
-    @property
-    def budget(self) -> int:
-        if self.argument == "ranks":
-            return super().budget
-        return self.total_rank + self.ranks_left()
-
-    def parameters_left(self) -> int:
-        """The parameters that plain LoRA would train at the target ranks, minus those trained."""
-        left = 0
-        for adapter in self.adapters.values():
-            left += adapter.target_rank * (adapter.base.in_features + adapter.base.out_features)
-            left -= sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        return left
-
-    def ranks_left(self) -> int:
-        """Q: the ranks that the rest of the budget pays for, at the mean price of a rank."""
-        prices = [self.price(name, 1) for name in self.adapters]
-        left = self.parameters_left()
-        if left < min(prices):
-            return 0
-        return max(1, left * len(prices) // sum(prices))
-
-    def price(self, name: str, n: int) -> int:
-        """The trained parameters that n more ranks of a matrix add. A frozen tensor is free."""
-        adapter = self.adapters[name]
-        key = (name, adapter.rank, n)
-        if key not in self.prices:
-            with torch.device("meta"):  # only shapes: nothing is drawn from the global generator
-                entries = adapter.new_entries(n)
-            trained = [t for t in entries if getattr(adapter, t).requires_grad]
-            self.prices[key] = sum(entries[t].numel() for t in trained)
-        return self.prices[key]
-
-    def affordable(self, name: str) -> int:
-        """The ranks that a matrix may grow by: rank_step, or less at the end of the budget."""
-        left = self.parameters_left()
-        return next((n for n in range(self.rank_step, 0, -1) if self.price(name, n) <= left), 0)
-
-    def step(self, t: int) -> list[str]:
-        """RankAllocator.step. With a budget in parameters, a matrix grows only if it can pay."""
-        if self.argument == "ranks":
-            return super().step(t)
-        if t != self.last_step + 1 or t > self.total_steps:
-            raise ValueError(f"step {t}: expected {self.last_step + 1} of {self.total_steps}")
-        self.last_step = t
-        if t == self.warmup:
-            self.take_baseline()
-        k = self.count(t, self.ranks_left())
-        if k == 0:
-            return []
-        self.check()
-
-        trained = [name for name, adapter in self.adapters.items() if adapter.factors()[0].any()]
-        if not trained:
-            raise ValueError("no update yet: call step after optimizer.step")
-        scores = self.scores()
-        scores = {name: scores[name] for name in trained if self.affordable(name) > 0}
-        if any(map(math.isnan, scores.values())):
-            raise ValueError(f"a score is not a number: {scores}")
-        grown = []
-        for name in sorted(scores, key=scores.get, reverse=True)[:k]:
-            self.threshold = scores[name]  # in the end the k-th largest score
-            n = self.affordable(name)
-            if n > 0:  # a matrix before it may have spent the rest
-                self.adapters[name].grow(n, self.optimizer)
-                grown.append(name)
-        self.last_scores = scores
-        self.take_baseline()
-        return grown
-
-
-class Random(Allocator):
-    """A control: any matrix may be next."""
+    def take_baseline(self) -> None:
+        """Draw the next scores, so that `scores` itself has no side effects."""
+        super().take_baseline()
+        generator = torch.Generator()
+        generator.set_state(self.generator_state)
+        draws = torch.rand(len(self.adapters), generator=generator).tolist()
+        self.draws = dict(zip(self.adapters, draws, strict=True))
+        self.generator_state = generator.get_state()
 
     def scores(self) -> dict[str, float]:
-        # The seed is the state of the training, so that runs and allocations differ and a resumed
-        # run draws the same. The generator is a new one, because scores must not move the global
-        # one. Python hashes a float in the same way in every process.
-        tensors = [getattr(a, t) for a in self.adapters.values() for t in a.GROWS_ALONG]
-        state = tuple(tensor.double().sum().item() for tensor in tensors)
-        generator = torch.Generator().manual_seed(hash(state) % 2**63)
-        draws = torch.rand(len(self.adapters), generator=generator).tolist()
-        return dict(zip(self.adapters, draws, strict=True))
+        return self.draws
 
 
-class Uniform(Allocator):
+class Uniform(RankAllocator):
     """A control: the matrix of lowest rank is next, round robin."""
 
     def scores(self) -> dict[str, float]:
         return {name: -float(adapter.rank) for name, adapter in self.adapters.items()}
 
 
-class UpdateNorm(Allocator):
+class UpdateNorm(RankAllocator):
     """The size of the update, per rank: || s B (L + U) A ||_F / r. Like the paper's importance it
     needs no gradient, but it also sees B and A."""
 
     @torch.no_grad()
-    def norms(self) -> dict[str, float]:
+    def importances(self) -> dict[str, float]:
         norms = {}
         for name, adapter in self.adapters.items():
             left, right = adapter.factors()  # (d_out, r), (r, d_in)
@@ -141,143 +78,153 @@ class UpdateNorm(Allocator):
         return norms
 
     def scores(self) -> dict[str, float]:
-        return self.norms()
+        return self.importances()
 
 
 class UpdateNormChange(UpdateNorm):
     """The growth of that size since the last allocation (or the warm-up)."""
 
-    def take_baseline(self) -> None:
-        super().take_baseline()
-        self.before = self.norms()
-
-    def scores(self) -> dict[str, float]:
-        return {name: norm - self.before[name] for name, norm in self.norms().items()}
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"before": self.before}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.before = state["before"]
+    scores = RankAllocator.scores  # the change of what `importances` returns
 
 
-class Sensitivity(Allocator):
+class Sensitivity(Signal):
     """AdaLoRA's score (Zhang et al. 2023): |w dL/dw| of each entry, smoothed over steps, times its
-    smoothed uncertainty. Here it is the mean over all entries of a matrix's adapter. IncreLoRA
-    takes that of the entries of the whole update."""
+    smoothed uncertainty. Here it is the mean over all entries of a matrix's adapter."""
 
-    SMOOTHING = 0.85
+    NEW = 0.15  # the share of the current step in a smoothed value
+    REMEMBERS = ("moments",)
 
     def __post_init__(self):
         super().__post_init__()
         self.moments = {name: {} for name in self.adapters}  # name: {tensor: (mean, spread)}
 
-    def step(self, t: int) -> list[str]:
-        for name, adapter in self.adapters.items():
-            for tensor, axis in adapter.GROWS_ALONG.items():
-                if getattr(adapter, tensor).grad is not None:
-                    self.smooth(name, tensor, axis)
-        return super().step(t)
-
     @torch.no_grad()
-    def smooth(self, name: str, tensor: str, axis: int) -> None:
-        p = getattr(self.adapters[name], tensor)
-        old = self.moments[name].get(tensor, (torch.zeros_like(p), torch.zeros_like(p)))
-        mean, spread = (pad_with_zeros(moment, p, axis) for moment in old)
-        now = (p * p.grad).abs()
-        mean = self.SMOOTHING * mean + (1 - self.SMOOTHING) * now
-        spread = self.SMOOTHING * spread + (1 - self.SMOOTHING) * (now - mean).abs()
-        self.moments[name][tensor] = (mean, spread)
+    def step(self, t: int) -> list[str]:
+        for name, moments in self.moments.items():
+            for tensor in self.adapters[name].GROWS_ALONG:
+                p = getattr(self.adapters[name], tensor)
+                if p.grad is not None:
+                    mean, spread = (pad(m, p) for m in moments.get(tensor, (p[:0], p[:0])))
+                    now = (p * p.grad).abs()
+                    mean = mean.lerp(now, self.NEW)
+                    moments[tensor] = mean, spread.lerp((now - mean).abs(), self.NEW)
+        return super().step(t)
 
     def scores(self) -> dict[str, float]:
         scores = dict.fromkeys(self.adapters, 0.0)
-        for name, tensors in self.moments.items():
-            if tensors:  # after the first gradient
-                products = [(mean * spread).flatten() for mean, spread in tensors.values()]
+        for name, moments in self.moments.items():
+            if moments:  # after the first gradient
+                products = [(mean * spread).flatten() for mean, spread in moments.values()]
                 scores[name] = torch.cat(products).mean().item()
         return scores
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"moments": copy.deepcopy(self.moments)}
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.moments = state["moments"]
-
-
-def pad_with_zeros(moment: Tensor, p: Tensor, axis: int) -> Tensor:
-    """A moment in the shape that p has grown to."""
-    padded = torch.zeros_like(p)
-    padded.narrow(axis, 0, moment.shape[axis]).copy_(moment)
-    return padded
+def pad(moment: Tensor, p: Tensor) -> Tensor:
+    """A moment in the shape that p has grown to, with zeros for the new entries."""
+    ends = [(0, new - old) for new, old in zip(p.shape, moment.shape, strict=True)]
+    return nn.functional.pad(moment.to(p), sum(reversed(ends), ()))
 
 
-class Worth(Allocator):
-    """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_W x)^2.
+class Worth(Signal):
+    """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_W x)^2, smoothed.
+    To first order, dL/dy . delta_W x is what the update of W does to the loss at one token. It is
+    squared, so that tokens which gain and tokens which lose do not cancel."""
 
-    L is the loss of the batch, y the output at one token, and delta_W the update. To first order,
-    dL/dy . delta_W x is what the update does to the loss at that token alone. It is squared before
-    the sum, so that tokens which gain and tokens which lose do not cancel, and smoothed over
-    steps. A forward hook watches each adapter.
-    """
-
-    SMOOTHING = 0.97
+    REMEMBERS = ("worth",)
 
     def __post_init__(self):
         super().__post_init__()
-        self.worth = dict.fromkeys(self.adapters, 0.0)  # smoothed
-        self.now = {}  # of the current step: {name: sum over its backward passes}
+        self.worth = dict.fromkeys(self.adapters, 0.0)  # smoothed over steps
+        self.now = dict.fromkeys(self.adapters, 0.0)  # of this step, over its backward passes
         for name, adapter in self.adapters.items():
-            if hasattr(adapter, "watched"):  # by an earlier allocator: the newest takes over
-                adapter.watched.remove()
-            adapter.watched = adapter.register_forward_hook(self.watcher(name))
+            adapter.register_forward_hook(partial(self.watch, name))
 
-    def watcher(self, name: str):
-        """A forward hook that adds to self.now[name] when the gradient of the output comes."""
+    def watch(self, name: str, adapter: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:
+        def backward_hook(gradient: Tensor) -> None:  # (..., d_out)
+            left, right = (factor.detach() for factor in adapter.factors())
+            products = (gradient.float() @ left) * (x.float() @ right.T)  # (..., r)
+            self.now[name] += (adapter.scale * products.sum(-1)).square().sum()
 
-        def forward_hook(adapter: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:
-            @torch.no_grad()
-            def backward_hook(gradient: Tensor) -> None:
-                # s (dL/dy B (L + U)) . (A x): no (tokens, d_out) update is made.
-                left, right = adapter.factors()
-                Ax = x.float() @ right.T  # (tokens, r)
-                gradient = gradient.flatten(0, -2).float() @ left  # (tokens, r)
-                products = adapter.scale * (gradient * Ax).sum(-1)  # (tokens,)
-                self.now[name] = self.now.get(name, 0.0) + products.square().sum()
-
-            if output.requires_grad:  # not in evaluation
-                x = inputs[0].detach().flatten(0, -2)
-                output.register_hook(backward_hook)
-
-        return forward_hook
+        if output.requires_grad:  # not in evaluation
+            x = inputs[0].detach()
+            output.register_hook(backward_hook)
 
     def step(self, t: int) -> list[str]:
-        now = {name: float(self.now.get(name, 0.0)) for name in self.worth}
-        self.now = {}
-        self.worth = {
-            name: self.SMOOTHING * worth + (1 - self.SMOOTHING) * now[name]
-            for name, worth in self.worth.items()
-        }
+        for name, now in self.now.items():
+            self.worth[name] = 0.97 * self.worth[name] + 0.03 * float(now)
+            self.now[name] = 0.0
         return super().step(t)
 
     def scores(self) -> dict[str, float]:
         return {name: worth / self.adapters[name].rank for name, worth in self.worth.items()}
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"worth": self.worth}
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.worth = state["worth"]
+class ParameterBudget(RankAllocator):
+    """For any allocator, a budget that counts trained parameters: as many as plain LoRA has at the
+    target ranks. It is never exceeded. Growth ends when less is left than the cheapest rank costs.
+    `budget` and `plan` are estimates in ranks, because matrices have different prices."""
+
+    def __post_init__(self):
+        layers = [(adapter.target_rank, adapter.base) for adapter in self.adapters.values()]
+        self.lora = sum(rank * (base.in_features + base.out_features) for rank, base in layers)
+        super().__post_init__()
+        if not self.scores():
+            raise ValueError("no importance in these adapters: use triadapt, or another allocator")
+
+    def parameters_left(self) -> int:
+        tensors = [p for adapter in self.adapters.values() for p in adapter.parameters()]
+        return self.lora - sum(p.numel() for p in tensors if p.requires_grad)
+
+    @property
+    def budget(self) -> int:
+        """The ranks now, and those that the rest pays for at LoRA's mean price of a rank."""
+        return self.total_rank + max(1, self.parameters_left() * super().budget // self.lora)
+
+    def prices(self) -> dict[str, int]:
+        """The trained parameters of rank_step more ranks, for each matrix that can pay for them. An
+        untrained matrix cannot grow, so it is left out, unless all of them are untrained."""
+        left, prices = self.parameters_left(), {}
+        trained = {name: a for name, a in self.adapters.items() if a.factors()[0].any()}
+        for name, adapter in (trained or self.adapters).items():
+            with torch.device("meta"):  # only shapes: nothing is drawn from the global generator
+                new = adapter.new_entries(self.rank_step)
+            price = sum(t.numel() for key, t in new.items() if getattr(adapter, key).requires_grad)
+            if price <= left:
+                prices[name] = price
+        return prices
+
+    def count(self, t: int, Q: int) -> int:
+        """k of the schedule, but not more matrices than can pay if the dearest ones grow."""
+        k = super().count(t, Q)
+        if k == 0:
+            return 0
+        while self.rank_step > 1 and not self.prices():
+            self.rank_step -= 1  # at the end of the budget
+        totals = accumulate(sorted(self.prices().values(), reverse=True))
+        return min(k, sum(total <= self.parameters_left() for total in totals))
+
+    def scores(self) -> dict[str, float]:
+        """Those of the other class. Matrices that cannot pay come last."""
+        scores, prices = super().scores(), self.prices()
+        last = min(scores.values(), default=0.0) - 1.0
+        return {name: score if name in prices else last for name, score in scores.items()}
+
+
+def make_allocator(kind, adapters, optimizer, argument="ranks", **settings) -> RankAllocator:
+    """An allocator of this class. The argument is what the budget counts."""
+    if argument not in ("ranks", "parameters"):
+        raise ValueError(f"--allocator NAME:{argument}: must be ranks or parameters")
+    if argument == "parameters":
+        kind = type(f"{kind.__name__}InParameters", (ParameterBudget, kind), {})
+    return kind(adapters, optimizer, **settings)
 
 
 ALLOCATORS |= {
-    "importance": Allocator,
-    "random": Random,
-    "uniform": Uniform,
-    "norm": UpdateNorm,
-    "norm-change": UpdateNormChange,
-    "sensitivity": Sensitivity,
-    "worth": Worth,
+    "importance": partial(make_allocator, RankAllocator),
+    "random": partial(make_allocator, Random),
+    "uniform": partial(make_allocator, Uniform),
+    "norm": partial(make_allocator, UpdateNorm),
+    "norm-change": partial(make_allocator, UpdateNormChange),
+    "sensitivity": partial(make_allocator, Sensitivity),
+    "worth": partial(make_allocator, Worth),
 }

@@ -3,12 +3,9 @@
 python -m extras --base gpt2                      # or gpt2-medium, gpt2-large, gpt2-xl
 python -m extras --base gpt2:FOLDER               # fine-tuned: config.json, weights, tokenizer.json
 
-The weights become those of model.GPT. Its logits are the same, so adapters, growth and merging are
-those of the core.
+The weights become those of model.GPT, and the logits are the same.
 """
 
-import json
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +16,7 @@ import data
 from model import GPT, GPTConfig
 from train import BASES
 
-# Keys of config.json that change the function, and the values that model.GPT computes. A key that
-# is missing has the first of these values.
+# Keys of config.json, and the values that model.GPT computes. The first one is the default.
 FIXED = {
     "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
@@ -32,67 +28,49 @@ FIXED = {
 }
 
 
-def load_gpt2(name: str, folder: str, texts: list[str]) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer of a folder, or else of the published GPT-2 of this name.
-
-    Raises ValueError if they are not available, or if model.GPT would compute something else.
-    """
+def open_gpt2(name: str, folder: str, texts: list[str]) -> tuple[GPT, Tokenizer]:
+    """load_gpt2, of a folder or else of a published name. A failure is a ValueError of one line."""
     base = f"--base {name}:{folder}" if folder else f"--base {name}"
     if folder and not Path(folder).is_dir():
         raise ValueError(f"{base}: there is no such folder")
-    source = folder or f"openai-community/{name}"
-
-    with errors_in_one_line(base):
-        from transformers import GPT2Config, GPT2LMHeadModel  # slow to import
-        from transformers.utils import cached_file
-
-        settings, _ = GPT2Config.get_config_dict(source)
-        sizes = GPT2Config.from_dict(settings)
-    for key, values in (FIXED | {"n_inner": [None, 4 * sizes.n_embd]}).items():
-        if settings.get(key, values[0]) not in values:
-            raise ValueError(
-                f"{base}: config.json has {key} {settings[key]}, and only {values[0]} works here"
-            )
-
-    with errors_in_one_line(base):
-        theirs, report = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
-        tokenizer = Tokenizer.from_file(cached_file(source, "tokenizer.json"))
-    masks = {key for key in report["unexpected_keys"] if key.endswith("masked_bias")}
-    odd = report["missing_keys"] | report["unexpected_keys"] - masks
-    if odd:
-        what = "missing" if min(odd) in report["missing_keys"] else "of another kind of model"
-        raise ValueError(f"{base}: {min(odd)} is {what}; give a plain GPT-2")
-    if not theirs.lm_head.weight.equal(theirs.transformer.wte.weight):
-        raise ValueError(f"{base}: its lm_head is not the token embedding; give a plain GPT-2")
-    if tokenizer.get_vocab_size() > sizes.vocab_size:
-        tokens = f"{tokenizer.get_vocab_size()} tokens and its model {sizes.vocab_size}"
-        raise ValueError(f"{base}: its tokenizer has {tokens}; give those of one model")
-
-    gpt = GPT(
-        GPTConfig(sizes.vocab_size, sizes.n_positions, sizes.n_layer, sizes.n_head, sizes.n_embd)
-    )
-    gpt.load_state_dict(convert(theirs.transformer.state_dict()))
-    return gpt, prepare(base, tokenizer)
-
-
-@contextmanager
-def errors_in_one_line(base: str):
-    """Turns the errors of transformers into a ValueError of one line."""
     try:
-        yield
+        return load_gpt2(folder or f"openai-community/{name}")
     except ImportError as error:
         raise ValueError(f"{base}: needs transformers; pip install transformers") from error
     except Exception as error:  # a network or a file can fail in many ways
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f"{base}: {reason:.200}; give gpt2:FOLDER with its config.json, model.safetensors and "
-            "tokenizer.json"
-        ) from error
+        files = "config.json, model.safetensors and tokenizer.json of a plain GPT-2"
+        raise ValueError(f"{base}: {reason:.200}; give gpt2:FOLDER with {files}") from error
+
+
+def load_gpt2(source: str) -> tuple[GPT, Tokenizer]:
+    """Model and tokenizer. Fails if model.GPT would compute something else."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import
+    from transformers.utils import cached_file
+
+    config, _ = GPT2Config.get_config_dict(source)
+    size = GPT2Config.from_dict(config)
+    for key, values in (FIXED | {"n_inner": [4 * size.n_embd, None]}).items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"config.json has {key} {config[key]}, and only {values[0]} works")
+    theirs, report = GPT2LMHeadModel.from_pretrained(source, output_loading_info=True)
+    odd = report["missing_keys"] | report["unexpected_keys"]
+    odd = {key for key in odd if not key.endswith("masked_bias")}  # a constant of old files
+    if odd or not theirs.lm_head.weight.equal(theirs.transformer.wte.weight):
+        raise ValueError(f"{min(odd, default='lm_head.weight')} is missing, or not GPT-2's")
+    tokenizer = Tokenizer.from_file(cached_file(source, "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if tokenizer.get_vocab_size() > size.vocab_size:
+        raise ValueError("its tokenizer has more tokens than its model")
+    ours = GPTConfig(size.vocab_size, size.n_positions, size.n_layer, size.n_head, size.n_embd)
+    gpt = GPT(ours)
+    gpt.load_state_dict(convert(theirs.transformer.state_dict()))
+    return gpt, rename_end(tokenizer, config.get("eos_token_id"))
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and layout of a GPT2Model as ours. Its matrices are (in, out), those of Linear
-    (out, in)."""
+    """Our names and layout. GPT2Model's matrices are (in, out), those of Linear (out, in)."""
     renamed = {"h.": "blocks.", "ln_f": "ln", "ln_": "ln", "attn.c_proj": "o", "mlp.c_": ""}
     state = {}
     for name, tensor in weights.items():
@@ -108,19 +86,15 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def prepare(base: str, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without settings of earlier calls, and its end token named as in the core."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    added = tokenizer.get_added_tokens_decoder().values()
-    special = [token.content for token in added if token.special]
-    names = [data.END_OF_TEXT, "</s>", "<eos>", *(special if len(special) == 1 else [])]
-    end = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+def rename_end(tokenizer: Tokenizer, config_end: int | None) -> Tokenizer:
+    """The tokenizer with its end token, which config.json may know, named as in the core."""
+    known = None if config_end is None else tokenizer.id_to_token(config_end)
+    names = [data.END_OF_TEXT, "</s>", "<eos>", known]
+    end = next((name for name in names if name and tokenizer.token_to_id(name) is not None), None)
     if end is None:
-        raise ValueError(f"{base}: its tokenizer has no token that ends a text, {data.END_OF_TEXT}")
-    old, new = (json.dumps(name, ensure_ascii=False) for name in (end, data.END_OF_TEXT))
-    return data.open_tokenizer(tokenizer.to_str().replace(old, new))
+        raise ValueError(f"its tokenizer has no token that ends a text, {data.END_OF_TEXT}")
+    return data.open_tokenizer(tokenizer.to_str().replace(f'"{end}"', f'"{data.END_OF_TEXT}"'))
 
 
 for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-    BASES[name] = partial(load_gpt2, name)
+    BASES[name] = partial(open_gpt2, name)
