@@ -261,8 +261,8 @@ class RankAllocator:
     def step(self, t: int) -> list[str]:
         """Call after each optimizer step, t = 1, 2, ..., total_steps. Returns the names that grew.
 
-        Growth replaces Parameters. Take lists of them (for clipping, an EMA) anew after it, and use
-        one process: DistributedDataParallel keeps the old ones, and its replicas drift apart.
+        Growth replaces Parameters. Take lists of them (for clipping, an EMA) anew after it. Under
+        DistributedDataParallel the replicas drift apart without extras/trainer.py.
         """
         if t != self.last_step + 1 or t > self.total_steps:
             raise ValueError(f"step {t}: expected {self.last_step + 1} of {self.total_steps}")
