@@ -145,6 +145,7 @@ def make_figure(groups: dict[str, list[Log]]) -> run.Figure:
         xlabel=f"final test loss ({unit})\nbar: mean of the group",
     )
     result.set(ylim=(len(groups) - 0.5, -0.5), yticks=[])
+    result.locator_params(axis="x", nbins=4)
     figure.legend(handles, labels, loc="outside lower center")
     return figure
 
@@ -191,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     logs, notes = select({folder: log for folder, log in logs.items() if log})  # it has begun
     groups = group_runs(logs)
     print(make_table(groups))
+    if max(map(len, groups.values())) == 1:
+        notes.append("one seed of each cannot tell them apart: run more with --seed")
     for note in notes:
         print(f"note: {note}")
     path = args.out or new_file(Path(folders[0]).absolute().parent)

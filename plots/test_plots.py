@@ -197,6 +197,7 @@ def test_comparison_replaces_no_file(tmp_path, capsys):
     compare.main(folders)
     compare.main([*folders, str(tmp_path / "compare.png")])  # as the shell expands runs/*
     out = capsys.readouterr().out
+    assert "one seed of each cannot tell them apart" in out
     for name in ("compare.png", "compare-2.png"):
         assert f"look at {tmp_path / name}" in out
         assert (tmp_path / name).exists()
