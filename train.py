@@ -208,8 +208,8 @@ class Run:
         name, _, argument = self.args.allocator.partition(":")
         if name not in ALLOCATORS:
             raise ValueError(f"--allocator {name}: must be one of {', '.join(ALLOCATORS)}")
-        names = ("warmup", "interval", "schedule", "rank_step", "top_k")
-        settings = {name: getattr(self.args, name) for name in names}
+        keys = ("warmup", "interval", "schedule", "rank_step", "top_k")
+        settings = {key: getattr(self.args, key) for key in keys}
         if argument:
             settings["argument"] = argument
         settings["total_steps"] = self.args.steps

@@ -279,8 +279,8 @@ class RankAllocator:
         if not trained:
             reasons = "is step called after optimizer.step, and does the loss use the adapters?"
             raise ValueError(f"no matrix has been trained: {reasons}")
-        scores = self.scores()
-        scores = {name: scores[name] for name in trained}
+        all_scores = self.scores()
+        scores = {name: all_scores[name] for name in trained}
         if any(math.isnan(score) for score in scores.values()):
             raise ValueError(f"a score is not a number: {scores}")
 

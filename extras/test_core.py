@@ -29,6 +29,7 @@ from test_triadapt import (
     read_log,
     refusal,
     run,
+    run_interrupted,
     trained,
 )
 from triadapt import (
@@ -152,6 +153,13 @@ def test_padding_does_not_leak():
     together = data.Task("", []).loss(gpt(inputs), targets)
     alone = [F.cross_entropy(gpt(x[None])[0, -1:], y[-1:]) for x, y in examples]
     torch.testing.assert_close(together, sum(alone))
+
+
+def test_ctrl_c_names_the_saved_step(home, monkeypatch, capsys):
+    run_interrupted(f"{TINY} --out out", 11, monkeypatch)
+    assert "stopped after step 10, saved at step 8\n" in capsys.readouterr().out
+    run_interrupted("--resume out", 12, monkeypatch)  # before it saved anything itself
+    assert "stopped after step 11, saved at step 8\n" in capsys.readouterr().out
 
 
 def test_seed_and_step_determine_the_batch():
