@@ -528,16 +528,18 @@ def spoil(layer: nn.Linear, kind: str) -> nn.Module:
     return layer
 
 
-KINDS = ["computed weight", "hook", "own forward", "packed weight", "subclass"]
+KINDS = ["computed weight", "hook", "own forward", "packed weight", "subclass", "adapter hook"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_cannot_be_merged_are_named(kind):
     net = small_net()
-    net.second = spoil(net.second, kind)
     with pytest.raises(ValueError, match="no adapters to merge"):
         merge_adapters(net)
-    add_adapters(net, ["first", "second"])
+    net.second = spoil(net.second, kind)
+    adapters = add_adapters(net, ["first", "second"])
+    if kind == "adapter hook":
+        spoil(adapters["second"], "hook")
     with pytest.raises(ValueError, match="second: cannot be merged"):
         merge_adapters(net)
     assert [*find_adapters(net)] == ["first", "second"]  # nothing was changed
@@ -612,10 +614,7 @@ def test_an_allocator_knows_the_ranks_of_its_state():
         other.step(5)
 
 
-# The model and its data.
-
-
-# train.py.
+# The model, its data, and train.py.
 
 TINY = "--base tiny.pt --device cpu --data text.txt --steps 16 --batch-size 4 --eval-interval 8"
 

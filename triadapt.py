@@ -17,8 +17,7 @@ Growth from rank 3 to rank 4 appends to all four factors, and no trained entry m
 The update B (L + U) A does not change at growth, because the new columns of B and U are zero. B's
 column gets a gradient at once, all other new entries one step later at the latest.
 
-This file follows the paper: split, start and growth of a matrix, Adam's state, importance, score,
-threshold, schedules. Functions for whole models are at the end.
+The order is the paper's: split, start, growth, importance, score, threshold, schedules.
 """
 
 import copy
@@ -223,6 +222,7 @@ class RankAllocator:
     schedule: str = "linear"  # a key of SCHEDULES
     rank_step: int = 1  # ranks that a matrix grows by at an allocation
     top_k: int = 1  # matrices that grow at an allocation of the fixed schedule
+    REMEMBERS = ("ranks", "baseline", "last_step")  # what a checkpoint keeps; a signal may add
 
     def __post_init__(self):
         self.last_step = 0
@@ -321,14 +321,12 @@ class RankAllocator:
         check_optimizer(self.optimizer, self.adapters)
 
     def state_dict(self) -> dict:
-        """What a resumed run needs. A signal that remembers more adds it here and below."""
-        return {"ranks": self.ranks, "baseline": self.baseline, "last_step": self.last_step}
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.REMEMBERS}
 
     def load_state_dict(self, state: dict) -> None:
         """Load after the adapters. Raises ValueError if their ranks are not the saved ones."""
-        self.baseline = state["baseline"]
-        self.ranks = state["ranks"]
-        self.last_step = state["last_step"]
+        for name in self.REMEMBERS:
+            setattr(self, name, copy.deepcopy(state[name]))
         self.check()
 
 
@@ -356,8 +354,7 @@ def add_adapters(
     rank: the target rank of each matrix. It fixes the scale alpha / rank, and the budget.
     init_rank: the rank of each matrix at the start. None means `rank`: nothing can grow.
 
-    Returns {module name: adapter} in module order. Raises ValueError for a target that is missing,
-    a rank out of range, and a model that has adapters already.
+    Returns {module name: adapter} in module order. Raises ValueError for what does not fit.
     """
     init_rank = rank if init_rank is None else init_rank
     if not 1 <= init_rank <= rank:
@@ -399,21 +396,24 @@ def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def is_plain(layer: nn.Module, kind=nn.Linear) -> bool:
+    """Whether a layer has its own weight, and computes what its class does, without hooks."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    own_weight = type(layer._parameters.get("weight")) is nn.Parameter
+    return own_weight and not hooks and type(layer).forward is kind.forward
+
+
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Replace each adapter by a plain layer with the weight W + s B (L + U) A. Returns the model.
-
-    The frozen W itself does not change, because other modules may share it. Raises ValueError, and
-    changes nothing, if there are no adapters, or if a layer computes more than W x + b with its W.
+    """Replace each adapter by a plain copy of its layer with the weight W + s B (L + U) A. Returns
+    the model. Raises ValueError, and changes nothing, if there are no adapters, or if a layer or
+    an adapter computes more than its equation, for example in a hook.
     """
     merged = {}
     for name, adapter in find_adapters(model).items():
-        base = adapter.base
-        hooks = base._forward_hooks or base._forward_pre_hooks
-        plain = type(base).forward is nn.Linear.forward and "forward" not in vars(base)
-        if not plain or hooks or type(base._parameters.get("weight")) is not nn.Parameter:
-            raise ValueError(f"{name}: cannot be merged, it is not W x + b alone: {base}")
-        kind = type(adapter)
+        kind, base = type(adapter), adapter.base
+        if adapter._forward_hooks or adapter._forward_pre_hooks or not is_plain(base):
+            raise ValueError(f"{name}: cannot be merged, it is not W x + b alone: {adapter}")
         if kind.forward is not LoRALinear.forward and kind.weight is LoRALinear.weight:
             raise ValueError(f"{name}: {kind.__name__} overrides forward, but not weight")
         merged[adapter] = copy.deepcopy(base)

@@ -7,9 +7,7 @@ Each class is a RankAllocator with other `scores`, which can grow plain LoRA as 
 this file they enter ALLOCATORS.
 """
 
-import copy
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +15,11 @@ from torch import Tensor, nn
 from triadapt import ALLOCATORS, LoRALinear, RankAllocator
 
 
-class Signal(RankAllocator):
-    """A RankAllocator whose checkpoint holds the attributes named in REMEMBERS."""
-
-    REMEMBERS = ()
-
-    def state_dict(self) -> dict:
-        remembered = {name: copy.deepcopy(getattr(self, name)) for name in self.REMEMBERS}
-        return super().state_dict() | remembered
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        for name in self.REMEMBERS:
-            setattr(self, name, copy.deepcopy(state[name]))
-
-
-class Random(Signal):
+class Random(RankAllocator):
     """A control: any matrix may be next. The generator is its own, and starts with the seed of
     torch's global one, so two runs with the same seed draw the same."""
 
-    REMEMBERS = ("draws", "generator_state")
+    REMEMBERS = (*RankAllocator.REMEMBERS, "draws", "generator_state")
 
     def __post_init__(self):
         seeded = torch.Generator().manual_seed(torch.initial_seed())
@@ -87,12 +70,12 @@ class UpdateNormChange(UpdateNorm):
     scores = RankAllocator.scores  # the change of what `importances` returns
 
 
-class Sensitivity(Signal):
+class Sensitivity(RankAllocator):
     """AdaLoRA's score (Zhang et al. 2023): |w dL/dw| of each entry, smoothed over steps, times its
     smoothed uncertainty. Here it is the mean over all entries of a matrix's adapter."""
 
     NEW = 0.15  # the share of the current step in a smoothed value
-    REMEMBERS = ("moments",)
+    REMEMBERS = (*RankAllocator.REMEMBERS, "moments")
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,19 +108,19 @@ def pad(moment: Tensor, p: Tensor) -> Tensor:
     return nn.functional.pad(moment.to(p), sum(reversed(ends), ()))
 
 
-class Worth(Signal):
+class Worth(RankAllocator):
     """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_W x)^2, smoothed.
     To first order, dL/dy . delta_W x is what the update of W does to the loss at one token. It is
     squared, so that tokens which gain and tokens which lose do not cancel."""
 
-    REMEMBERS = ("worth",)
+    REMEMBERS = (*RankAllocator.REMEMBERS, "worth")
 
     def __post_init__(self):
         super().__post_init__()
         self.worth = dict.fromkeys(self.adapters, 0.0)  # smoothed over steps
         self.now = dict.fromkeys(self.adapters, 0.0)  # of this step, over its backward passes
-        for name, adapter in self.adapters.items():
-            adapter.register_forward_hook(partial(self.watch, name))
+        hooks = {name: partial(self.watch, name) for name in self.adapters}
+        self.handles = [self.adapters[name].register_forward_hook(h) for name, h in hooks.items()]
 
     def watch(self, name: str, adapter: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:
         def backward_hook(gradient: Tensor) -> None:  # (..., d_out)
@@ -153,7 +136,11 @@ class Worth(Signal):
         for name, now in self.now.items():
             self.worth[name] = 0.97 * self.worth[name] + 0.03 * float(now)
             self.now[name] = 0.0
-        return super().step(t)
+        grown = super().step(t)
+        if t == self.total_steps:
+            for handle in self.handles:  # merge_adapters refuses layers with hooks
+                handle.remove()
+        return grown
 
     def scores(self) -> dict[str, float]:
         return {name: worth / self.adapters[name].rank for name, worth in self.worth.items()}
@@ -161,53 +148,36 @@ class Worth(Signal):
 
 class ParameterBudget(RankAllocator):
     """For any allocator, a budget that counts trained parameters: as many as plain LoRA has at the
-    target ranks. It is never exceeded. Growth ends when less is left than the cheapest rank costs.
-    `budget` and `plan` are estimates in ranks, because matrices have different prices."""
-
-    def __post_init__(self):
-        layers = [(adapter.target_rank, adapter.base) for adapter in self.adapters.values()]
-        self.lora = sum(rank * (base.in_features + base.out_features) for rank, base in layers)
-        super().__post_init__()
-        if not self.scores():
-            raise ValueError("no importance in these adapters: use triadapt, or another allocator")
+    target ranks. It is never exceeded. Growth ends when the matrix with the dearest rank could not
+    pay for rank_step more ranks. `budget` and `plan` are estimates in ranks."""
 
     def parameters_left(self) -> int:
         tensors = [p for adapter in self.adapters.values() for p in adapter.parameters()]
         return self.lora - sum(p.numel() for p in tensors if p.requires_grad)
 
     @property
+    def lora(self) -> int:
+        """The parameters of plain LoRA."""
+        layers = [(adapter.target_rank, adapter.base) for adapter in self.adapters.values()]
+        return sum(rank * (base.in_features + base.out_features) for rank, base in layers)
+
+    @property
     def budget(self) -> int:
         """The ranks now, and those that the rest pays for at LoRA's mean price of a rank."""
-        return self.total_rank + max(1, self.parameters_left() * super().budget // self.lora)
-
-    def prices(self) -> dict[str, int]:
-        """The trained parameters of rank_step more ranks, for each matrix that can pay for them. An
-        untrained matrix cannot grow, so it is left out, unless all of them are untrained."""
-        left, prices = self.parameters_left(), {}
-        trained = {name: a for name, a in self.adapters.items() if a.factors()[0].any()}
-        for name, adapter in (trained or self.adapters).items():
-            with torch.device("meta"):  # only shapes: nothing is drawn from the global generator
-                new = adapter.new_entries(self.rank_step)
-            price = sum(t.numel() for key, t in new.items() if getattr(adapter, key).requires_grad)
-            if price <= left:
-                prices[name] = price
-        return prices
+        return self.total_rank + self.parameters_left() * super().budget // self.lora
 
     def count(self, t: int, Q: int) -> int:
-        """k of the schedule, but not more matrices than can pay if the dearest ones grow."""
+        """k of the schedule, but never more matrices than can pay, whichever these are."""
         k = super().count(t, Q)
         if k == 0:
             return 0
-        while self.rank_step > 1 and not self.prices():
-            self.rank_step -= 1  # at the end of the budget
-        totals = accumulate(sorted(self.prices().values(), reverse=True))
-        return min(k, sum(total <= self.parameters_left() for total in totals))
-
-    def scores(self) -> dict[str, float]:
-        """Those of the other class. Matrices that cannot pay come last."""
-        scores, prices = super().scores(), self.prices()
-        last = min(scores.values(), default=0.0) - 1.0
-        return {name: score if name in prices else last for name, score in scores.items()}
+        prices = []
+        for adapter in self.adapters.values():
+            with torch.device("meta"):  # only shapes: nothing is drawn from the global generator
+                new = adapter.new_entries(self.rank_step)
+            trained = [t for name, t in new.items() if getattr(adapter, name).requires_grad]
+            prices.append(sum(t.numel() for t in trained))
+        return min(k, self.parameters_left() // max(prices))
 
 
 def make_allocator(kind, adapters, optimizer, argument="ranks", **settings) -> RankAllocator:
@@ -219,12 +189,13 @@ def make_allocator(kind, adapters, optimizer, argument="ranks", **settings) -> R
     return kind(adapters, optimizer, **settings)
 
 
-ALLOCATORS |= {
-    "importance": partial(make_allocator, RankAllocator),
-    "random": partial(make_allocator, Random),
-    "uniform": partial(make_allocator, Uniform),
-    "norm": partial(make_allocator, UpdateNorm),
-    "norm-change": partial(make_allocator, UpdateNormChange),
-    "sensitivity": partial(make_allocator, Sensitivity),
-    "worth": partial(make_allocator, Worth),
+KINDS = {
+    "importance": RankAllocator,
+    "random": Random,
+    "uniform": Uniform,
+    "norm": UpdateNorm,
+    "norm-change": UpdateNormChange,
+    "sensitivity": Sensitivity,
+    "worth": Worth,
 }
+ALLOCATORS |= {name: partial(make_allocator, kind) for name, kind in KINDS.items()}
