@@ -1,0 +1,1 @@
+"""What measured the results of extras/RESULTS.md."""
