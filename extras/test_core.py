@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import data
 import test_triadapt
 import train
-from extras.bases import long_base
+from extras.experiments.bases import long_base
 from model import GPT, GPTConfig, generate
 from test_triadapt import (
     TINY,

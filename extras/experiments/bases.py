@@ -1,7 +1,7 @@
 """The three bases of the evidence, in float32: --base long:0, long:1 and long:2.
 
 Each is our small GPT after 30,000 steps on the code of the standard library, from another seed.
-`base.pt` is long:0 in half precision. results/SOURCES.md says which script made them.
+`base.pt` is long:0 in half precision. ../results/SOURCES.md says which script made them.
 
 python -m extras --base long:1
 """
@@ -15,7 +15,7 @@ import data
 import train
 from model import GPT, GPTConfig
 
-FOLDER = Path(__file__).parent / "results" / "bases"
+FOLDER = Path(__file__).parents[1] / "results" / "bases"
 
 
 def long_base(seed: str, texts: list[str]) -> tuple[GPT, Tokenizer]:
