@@ -20,7 +20,7 @@ from plots.run import BLUE, COLORS, GRAY, GREEN, LIGHT_GRAY, ORANGE, RED, Figure
 from train import fill_defaults, make_parser
 from triadapt import RankAllocator, TriAdaptLinear, add_adapters
 
-GIF_BYTES = 600_000  # at most
+GIF_BYTES = 1_000_000  # at most
 
 
 # method.png
@@ -89,38 +89,34 @@ def draw_entries(axes, left: float, top: float, old: Tensor, new: Tensor) -> Non
 
 
 def draw_growth() -> Figure:
-    """A default run of each schedule: the total rank, and how many matrices grow at once."""
+    """The total rank during a default run of each schedule."""
     formulas = {
-        "linear": "⌊Q m⌋",
-        "exponential": "⌊exp(m ln Q)⌋",
-        "fixed": f"{make_parser().get_default('top_k')}",
+        "linear": "k = ⌊Q m⌋",
+        "exponential": "k = ⌊exp(m ln Q)⌋",
+        "fixed": f"k = {make_parser().get_default('top_k')}",
     }
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    total, count = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots()
     for schedule, marker in zip(formulas, run.MARKERS, strict=False):
         args = make_parser().parse_args(["--schedule", schedule])
         fill_defaults(args)
         allocator = make_allocator(args)
         plan = [(0, allocator.total_rank), *allocator.plan()]
         steps, totals = zip(*plan, strict=True)
-        look = {"color": COLORS[schedule], "marker": marker, "markersize": 5}
         x, y = [*steps, args.steps], [*totals, totals[-1]]
-        label = f"{schedule}: spent at step {steps[-1]}"
-        total.step(x, y, where="post", label=label, markevery=(1, 4), **look)
-        grown = [after - before for before, after in zip(totals, totals[1:], strict=False)]
-        label = f"{schedule}: k = {formulas[schedule]}"
-        count.plot(steps[1:], grown, label=label, linewidth=1, **look)
-
-    for axes in (total, count):
-        axes.axvspan(0, args.warmup, color=LIGHT_GRAY, label=f"warm-up, to step {args.warmup}")
-        axes.set(xlabel="optimizer step", xlim=(0, args.steps))
-    total.axhline(allocator.budget, color=GRAY, linestyle="--", label=f"budget, {allocator.budget}")
-    total.set(
-        title="When is the budget spent?", ylabel="total rank", ylim=(0, 1.15 * allocator.budget)
+        label = f"{schedule}, {formulas[schedule]}: spent at step {steps[-1]}"
+        look = {"color": COLORS[schedule], "marker": marker, "markersize": 5}
+        axes.step(x, y, where="post", label=label, markevery=(1, 4), **look)
+    axes.axhline(allocator.budget, color=GRAY, linestyle="--", label=f"budget, {allocator.budget}")
+    axes.axvspan(0, args.warmup, color=LIGHT_GRAY, label=f"warm-up, to step {args.warmup}")
+    axes.set(
+        title="When is the budget spent?",
+        xlabel=f"optimizer step (every {args.interval} steps, k matrices grow by one rank)",
+        ylabel="total rank",
+        xlim=(0, args.steps),
+        ylim=(0, 1.15 * allocator.budget),
     )
-    count.set(title="How many matrices grow at an allocation?", ylabel="matrices, k", ylim=(0, 13))
-    total.legend(loc="lower right")
-    count.legend(title="Q ranks are left, m is the progress from 0 to 1, k is at least 1")
+    axes.legend(loc="lower right", title="Q ranks are left, m is the progress from 0 to 1")
     return figure
 
 
@@ -180,7 +176,7 @@ def animate(log: list[dict]) -> bytes:
     """A GIF with a frame for each entry of the log but the last, which repeats the one before."""
     frames = []
     for i in range(len(log) - 1):
-        frame = Image.open(io.BytesIO(run.to_png(draw_frame(log, i), dpi=80)))
+        frame = Image.open(io.BytesIO(run.to_png(draw_frame(log, i), dpi=104)))
         frames.append(frame.convert("RGB").quantize(128))
     times = [250] * (len(frames) - 1) + [4000]  # milliseconds
     file = io.BytesIO()
