@@ -1,0 +1,198 @@
+"""Writes the tables and numbers of README.md and extras/RESULTS.md from the files in results/.
+
+python -m extras.experiments.tables      # a test checks that nothing changes
+
+A block of a page lies between <!-- NAME --> and <!-- end -->. BLOCKS has a function for each.
+"""
+
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy import stats
+
+from extras.experiments.run import EXPERIMENTS, RESULTS, chosen_rate, read
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *(ROOT / "extras" / f"{page}.md" for page in ("RESULTS", "RELEASED"))]
+
+
+@dataclass
+class Interval:
+    """The mean of paired differences, and its t-interval."""
+
+    mean: float
+    half: float  # half the width of the 95 % interval
+    p: float  # of the two-sided t-test
+    visible: (
+        float  # a difference that three such tests with Holm's correction show in 80 % of cases
+    )
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+def interval(values: list[float]) -> Interval:
+    """The t-interval of independent values."""
+    n = len(values)
+    error = statistics.stdev(values) / math.sqrt(n)
+    student = stats.t(n - 1)
+    mean = statistics.mean(values)
+    p = 2 * student.sf(abs(mean) / error)
+    visible = (student.isf(0.05 / 3 / 2) + student.isf(0.2)) * error
+    return Interval(mean, student.isf(0.025) * error, p, visible)
+
+
+def holm(ps: list[float]) -> list[float]:
+    """The p-values after Holm's correction, in the given order."""
+    corrected = [0.0] * len(ps)
+    largest = 0.0
+    for position, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, ps[index] * (len(ps) - position)))
+        corrected[index] = largest
+    return corrected
+
+
+# Losses. Results of the second edition are in evidence.jsonl, for CoLA and prose.
+
+OLD_TASKS = ["CoLA", "prose"]
+TASKS = ["MPQA", "SST-2", *OLD_TASKS]
+TASK_ROWS = ["full fine-tuning", "LoRA", "importance", "random", "worth"]
+
+
+def results(name: str) -> list[dict]:
+    """The lines of a file of results."""
+    return read(RESULTS / f"{name}.jsonl")
+
+
+def reported(task: str, row: str) -> dict[tuple, dict]:
+    """{(base, seed): result of the reported run}, with the setting that the row has chosen."""
+    if task in OLD_TASKS:
+        lines = [line for line in results("evidence") if (line["task"], line["row"]) == (task, row)]
+        return {(line["base"], line["seed"]): line for line in lines if line["test"]}
+    lines = results(task)
+    rate = chosen_rate(EXPERIMENTS[task], row, lines)
+    return {
+        (0, line["seed"]): line
+        for line in lines
+        if (line["row"], line["rate"]) == (row, rate) and line["seed"] in EXPERIMENTS[task].seeds
+    }
+
+
+def test_losses(task: str, row: str) -> dict[tuple, float]:
+    """{(base, seed): test loss}."""
+    runs = reported(task, row)
+    if task in OLD_TASKS:
+        return {key: line["test"]["loss"] for key, line in runs.items()}
+    return {key: line["test_loss"] for key, line in runs.items()}
+
+
+def differences(task: str, row: str, other: str) -> dict[tuple, float]:
+    """{(base, seed): test loss of a row minus that of the other row}."""
+    ours, theirs = test_losses(task, row), test_losses(task, other)
+    return {key: ours[key] - theirs[key] for key in ours.keys() & theirs.keys()}
+
+
+def minus_lora(task: str, row: str) -> list[float]:
+    """The paired differences of a row's test losses from LoRA's, of all reported seeds."""
+    if row == "class frequencies":
+        return frequencies_minus_lora(task)
+    return [*differences(task, row, "LoRA").values()]
+
+
+def frequencies_minus_lora(task: str) -> list[float]:
+    """The loss of a prediction from the class frequencies alone, minus LoRA's. None for prose."""
+    if task in OLD_TASKS:
+        known = [line for line in results("evidence") if line["task"] == task]
+        losses = {line["loss_of_shares"] for line in known if "loss_of_shares" in line}
+    else:
+        losses = {line["frequency_loss"] for line in results(task)} - {None}
+    return [loss - lora for loss in losses for lora in test_losses(task, "LoRA").values()]
+
+
+def pooled(row: str, other: str) -> list[float]:
+    """For each seed, the mean difference on MPQA and SST-2."""
+    first, second = (differences(task, row, other) for task in ("MPQA", "SST-2"))
+    return [(first[key] + second[key]) / 2 for key in sorted(first.keys() & second.keys())]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# Blocks.
+
+
+def losses_block() -> str:
+    """Test losses on four tasks."""
+    rows = []
+    for row in [*TASK_ROWS, "class frequencies"]:
+        cells = []
+        for task in TASKS:
+            losses = [*test_losses(task, "LoRA").values()]
+            if row == "LoRA":
+                cells.append(f"**{statistics.mean(losses):.4f}**")
+            else:
+                values = minus_lora(task, row)
+                cells.append(str(interval(values)) if values else "")
+        rows.append([row, *cells])
+    return table(["minus LoRA", *TASKS], rows)
+
+
+DECLARED = [("importance", "random"), ("importance", "LoRA"), ("worth", "LoRA")]
+
+
+def declared_block() -> str:
+    """The three declared contrasts."""
+    intervals = [interval(pooled(*pair)) for pair in DECLARED]
+    corrected = holm([one.p for one in intervals])
+    rows = []
+    for (row, other), both, p in zip(DECLARED, intervals, corrected, strict=True):
+        each = [str(interval([*differences(t, row, other).values()])) for t in ("MPQA", "SST-2")]
+        cells = [f"{row} minus {other}", str(both), f"{p:.3f}", f"{both.visible:.4f}", *each]
+        rows.append(cells)
+    header = ["contrast", "both tasks", "p (Holm)", "visible difference", "MPQA", "SST-2"]
+    return table(header, rows)
+
+
+def pace_block() -> str:
+    """What the pace of growth costs."""
+    lines = results("pace")
+    losses = {}
+    for line in lines:
+        losses.setdefault(line["row"], {})[line["seed"]] = line["test_loss"]
+    rows = []
+    for name in ("importance", "random"):
+        for row in (row for row in losses if row.startswith(name)):
+            last = statistics.mean(line["last_growth"] for line in lines if line["row"] == row)
+            values = [losses[row][seed] - losses["LoRA"][seed] for seed in losses["LoRA"]]
+            every = row.partition(", every ")[2]
+            rows.append([name, every, f"{last:.0f}", str(interval(values))])
+    return table(["allocator", "steps between allocations", "last growth", "minus LoRA"], rows)
+
+
+BLOCKS = {"losses": losses_block, "declared": declared_block, "pace": pace_block}
+
+
+def fill(page: str) -> str:
+    """The page with its blocks written anew."""
+    for name, write in BLOCKS.items():
+        pattern = rf"<!-- {name} -->.*?<!-- end -->"
+        if re.search(pattern, page, re.DOTALL):
+            block = f"<!-- {name} -->\n{write()}\n<!-- end -->"
+            page = re.sub(pattern, lambda match, block=block: block, page, flags=re.DOTALL)
+    return page
+
+
+def main() -> None:
+    for path in PAGES:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
