@@ -175,7 +175,62 @@ def pace_block() -> str:
     return table(["allocator", "steps between allocations", "last growth", "minus LoRA"], rows)
 
 
-BLOCKS = {"losses": losses_block, "declared": declared_block, "pace": pace_block}
+# Rows of ablations.jsonl that RELEASED.md shows, under plainer names.
+CHOICES = {
+    "no growth": "initial rank 8, no growth",
+    "exponential schedule": "exponential schedule",
+    "fixed schedule": "fixed schedule",
+    "longer growth": "interval 10",
+    "alpha / r": "scale alpha / current rank",
+    "random core": "random core",
+    "old baseline": "baseline before growth",
+    "zero new moments": "new moments zero",
+    "recipe of _single": "released: single",
+    "recipe of _block_c0": "released: block-c0",
+    "recipe of _block_cb0": "released: block-cb0",
+    "recipe of _block_abc0": "released: block-abc0",
+    "recipe of triadaptlora.py": "released: eye",
+}
+
+
+def choices() -> dict[str, tuple[Interval, float]]:
+    """{row of ablations.jsonl: (its difference from its reference, p after Holm's correction)}."""
+    losses = {}
+    for line in results("ablations"):
+        losses.setdefault(line["row"], {})[line["seed"]] = line["test"]
+    intervals = {}
+    for row in losses.keys() - {"reference"}:
+        reference = row.rpartition(", ")[0]  # "beta2 .999, new moments zero" changes one thing more
+        reference = reference if reference in losses else "reference"
+        seeds = losses[row].keys() & losses[reference].keys()
+        values = [losses[row][seed] - losses[reference][seed] for seed in sorted(seeds)]
+        intervals[row] = interval(values)
+    corrected = holm([one.p for one in intervals.values()])
+    return dict(zip(intervals, zip(intervals.values(), corrected, strict=True), strict=True))
+
+
+def choices_block() -> str:
+    """What each choice is worth."""
+    lines = [line for line in results("ablations") if line["row"] == "reference"]
+    base, test = (statistics.mean(line[key] for line in lines) for key in ("base", "test"))
+    known = choices()
+    rows = []
+    for name, row in CHOICES.items():
+        one, p = known[row]
+        rows.append([name, f"**{one}**" if p < 0.05 else str(one)])
+    reference = (
+        f"The reference went from {base:.2f} to {test:.4f} nats per token, on {len(lines)} seeds. "
+        f"**Bold** means p < .05 after Holm's correction over all {len(known)} changes tried."
+    )
+    return f"{reference}\n\n{table(['change', 'test loss minus that of the reference'], rows)}"
+
+
+BLOCKS = {
+    "choices": choices_block,
+    "losses": losses_block,
+    "declared": declared_block,
+    "pace": pace_block,
+}
 
 
 def fill(page: str) -> str:
