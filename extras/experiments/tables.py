@@ -159,20 +159,29 @@ def declared_block() -> str:
     return table(header, rows)
 
 
+def pace_differences(allocator: str) -> dict[int, list[float]]:
+    """{steps between allocations: paired differences of the test loss from LoRA's}."""
+    losses = {}
+    for line in results("pace"):
+        losses.setdefault(line["row"], {})[line["seed"]] = line["test_loss"]
+    return {
+        int(row.rpartition(" ")[2]): [own[seed] - losses["LoRA"][seed] for seed in sorted(own)]
+        for row, own in losses.items()
+        if row.startswith(f"{allocator}, every ")
+    }
+
+
 def pace_block() -> str:
     """What the pace of growth costs."""
-    lines = results("pace")
-    losses = {}
-    for line in lines:
-        losses.setdefault(line["row"], {})[line["seed"]] = line["test_loss"]
     rows = []
-    for name in ("importance", "random"):
-        for row in (row for row in losses if row.startswith(name)):
-            last = statistics.mean(line["last_growth"] for line in lines if line["row"] == row)
-            values = [losses[row][seed] - losses["LoRA"][seed] for seed in losses["LoRA"]]
-            every = row.partition(", every ")[2]
-            rows.append([name, every, f"{last:.0f}", str(interval(values))])
-    return table(["allocator", "steps between allocations", "last growth", "minus LoRA"], rows)
+    for steps in pace_differences("random"):
+        ends = [
+            line["last_growth"] for line in results("pace") if line["row"].endswith(f" {steps}")
+        ]
+        cells = [str(interval(pace_differences(name)[steps])) for name in ("importance", "random")]
+        rows.append([str(steps), f"{statistics.mean(ends):.0f}", *cells])
+    header = ["steps between allocations", "end of growth, step", "importance", "random"]
+    return table(header, rows)
 
 
 # Rows of ablations.jsonl that RELEASED.md shows, under plainer names.

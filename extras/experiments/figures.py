@@ -1,0 +1,70 @@
+"""Draws the figures of extras/RESULTS.md in extras/figures, from the files in results/.
+
+python -m extras.experiments.figures
+"""
+
+
+from extras.experiments.tables import ROOT, TASKS, interval, minus_lora, pace_differences
+from plots.run import BLUE, GRAY, GREEN, Figure, to_png
+
+ROWS = ["importance", "random", "worth"]
+
+
+def draw_losses() -> Figure:
+    """For each task the mean difference of the test loss from LoRA's, and its interval."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(TASKS), sharey=True)
+    for axes, task in zip(panels, TASKS, strict=True):
+        for y, row in enumerate(reversed(ROWS)):
+            one = interval(minus_lora(task, row))
+            axes.errorbar(one.mean, y, xerr=one.half, fmt="o", color=BLUE, capsize=4)
+        axes.axvline(0, color=GRAY, linestyle="--")
+        axes.set(title=task, yticks=range(len(ROWS)), yticklabels=reversed(ROWS))
+        axes.set_ylim(-0.6, len(ROWS) - 0.4)
+        edge = 1.1 * max(abs(limit) for limit in axes.get_xlim())
+        axes.set_xlim(-edge, edge)
+        axes.locator_params(axis="x", nbins=4)
+    figure.suptitle("Is growth better than LoRA? (left of the line: lower test loss than LoRA)")
+    figure.supxlabel("test loss minus LoRA's, in nats, with 95 % intervals", fontsize=10)
+    return figure
+
+
+def draw_pace() -> Figure:
+    """The mean difference of the test loss from LoRA's for each interval, and its interval."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, color, marker, shift in (
+        ("importance", BLUE, "o", 0.98),
+        ("random", GREEN, "s", 1.02),
+    ):
+        points = [(steps * shift, interval(own)) for steps, own in pace_differences(name).items()]
+        x = [steps for steps, _ in points]
+        y = [one.mean for _, one in points]
+        look = {"color": color, "marker": marker, "capsize": 4}
+        axes.errorbar(x, y, yerr=[one.half for _, one in points], label=name, **look)
+    axes.axhline(0, color=GRAY, linestyle="--", label="LoRA")
+    ticks = [*pace_differences("random")]
+    axes.set(
+        title="What does slow growth cost?",
+        xlabel="steps from one allocation to the next",
+        ylabel="test loss minus LoRA's, in nats per token",
+        xscale="log",
+    )
+    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(loc="upper left")
+    return figure
+
+
+FIGURES = {"losses.png": draw_losses, "pace.png": draw_pace}
+
+
+def main() -> None:
+    for name, draw in FIGURES.items():
+        path = ROOT / "extras" / "figures" / name
+        path.write_bytes(to_png(draw(), dpi=130))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
