@@ -4,9 +4,8 @@
     growth = GrowthCallback(adapters, warmup=20, interval=5)
     transformers.Trainer(model, args, train_dataset=rows, callbacks=[growth]).train()
 
-Start it with python, or with torchrun or accelerate launch for several processes. A checkpoint
-holds the ranks and the allocator's state: resume_from_checkpoint continues growth, and
-load_best_model_at_end may go back to lower ranks.
+Start it with python, torchrun or accelerate launch. A checkpoint holds ranks and allocator, so
+resume_from_checkpoint continues growth. load_best_model_at_end may go back to lower ranks.
 
 In a loop of your own with torch's DistributedDataParallel, call after_growth:
 
@@ -17,14 +16,15 @@ In a loop of your own with torch's DistributedDataParallel, call after_growth:
     if allocator.step(t):
         after_growth(ddp)
 
-Growth replaces Parameters. DistributedDataParallel has a reducer, which sums the gradients of the
-Parameters that it knows. So every growth is followed by a broadcast from the first process, which
-makes the random new entries equal, and by a new reducer.
+Growth replaces Parameters. The reducer of DistributedDataParallel sums only gradients of those
+that it knows. So every growth is followed by a broadcast from the first process, because the new
+entries are random, and by a new reducer.
 """
 
-import base64
 import gc
 import io
+from collections import Counter
+from functools import partial
 
 import torch
 from accelerate.state import PartialState
@@ -32,13 +32,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from triadapt import (
-    LoRALinear,
-    RankAllocator,
-    check_optimizer,
-    find_adapters,
-    replace_parameter,
-)
+from triadapt import LoRALinear, RankAllocator, check_optimizer, find_adapters
 
 KEY = "growth"  # in trainer_state.json; a key that is no callback's class name is left alone
 
@@ -48,111 +42,79 @@ class GrowthCallback(TrainerCallback):
 
     allocator: RankAllocator, or another class, such as Worth of extras/allocators.py. In several
         processes, the scores of the first one decide. Worth and Sensitivity see only its batches.
-    settings: of the allocator. total_steps is the Trainer's. The allocator is made when training
-        begins, because the optimizer is.
+    settings: of the allocator, such as warmup. total_steps is the Trainer's.
 
-    Raises ValueError before training if it is neither one process nor DistributedDataParallel.
+    Raises ValueError before training if the model, its optimizer or the way of sharing the work
+    cannot grow, or if the settings are not those of the checkpoint.
     """
 
     def __init__(self, adapters: dict[str, LoRALinear], allocator=RankAllocator, **settings):
         self.adapters = adapters
-        self.allocator_class = allocator
-        self.settings = settings
-        self.named_settings = settings | {"allocator": allocator.__name__}
-        self.ended = False  # the budget is spent, so no allocator is needed
-        self.remember_trained()
-        for adapter in adapters.values():
-            adapter.register_load_state_dict_pre_hook(take_saved_rank)
+        self.make_allocator = partial(allocator, adapters, **settings)
+        self.settings = f"{allocator.__name__} {dict(sorted(settings.items()))}"
+        self.final_rank = None  # the total rank when the budget was spent
+        self.optimizers = []  # the Trainer's, as soon as there is one
+        for adapter in adapters.values():  # its hook has no self, because models are copied
+            adapter.register_load_state_dict_pre_hook(partial(take_saved_rank, self.optimizers))
 
-    def on_init_end(self, args, state, control, **kwargs):
-        check_kind(args)  # before a model is sharded; a callback that is added later misses it
+    def on_init_end(self, args, state, control, optimizer, **kwargs):
+        if optimizer is not None:  # it is yours
+            check_hidden(optimizer)
+            self.optimizers[:] = [optimizer]
 
     def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
-        check_kind(args)
+        optimizer = optimizer.optimizer  # accelerate wraps all of them
+        self.optimizers[:] = [optimizer]
         self.wrappers = find_wrappers(model)
-        if args.world_size > 1 and not self.wrappers:
-            raise ValueError(
-                f"{args.world_size} processes without DistributedDataParallel: the Trainer leaves "
-                "it out for a model that is sharded while it loads, which cannot grow, and after "
-                "evaluate() before train(): use the argument eval_on_start instead"
-            )
-        check_sharding(optimizer)
-        self.follow_loaded(optimizer)
+        check_kind(args, self.wrappers)
+        check_ties(model, self.adapters)
+        check_hidden(optimizer)
         check_optimizer(optimizer, self.adapters)
         for ddp in self.wrappers:
-            after_growth(ddp)
+            after_growth(ddp)  # because loading a checkpoint may have made Parameters
 
         saved = state.stateful_callbacks.get(KEY)
-        if state.global_step > 0:
-            if saved is None:
-                raise ValueError("the checkpoint was written without GrowthCallback: train anew")
-            self.ended = saved["ended"]
-        if self.ended:
+        total_rank = sum(adapter.rank for adapter in self.adapters.values())
+        if saved is None and state.global_step > 0:
+            raise ValueError("the checkpoint was written without GrowthCallback: train anew")
+        if saved and saved["settings"] != self.settings:
+            raise ValueError(f"resume with the settings of the checkpoint: {saved['settings']}")
+        spent = saved["allocator"] is None if saved else total_rank == self.final_rank
+        if spent:
+            self.final_rank = total_rank
+            self.allocator = None
             return
-        self.allocator = self.allocator_class(
-            self.adapters, optimizer, total_steps=state.max_steps, **self.settings
-        )
+        self.allocator = self.make_allocator(optimizer, total_steps=state.max_steps)
         if saved:
-            if saved["settings"] != self.named_settings:
-                raise ValueError(f"resume with the settings of the checkpoint: {saved['settings']}")
-            self.allocator.load_state_dict(decode(saved["allocator"]))
+            file = io.BytesIO(bytes.fromhex(saved["allocator"]))
+            self.allocator.load_state_dict(torch.load(file, weights_only=True))
         if self.wrappers:
             share_scores(self.allocator)
 
     def on_optimizer_step(self, args, state, control, **kwargs):  # right after optimizer.step()
-        if not self.ended:
+        saved = {"settings": self.settings, "allocator": None}
+        if self.allocator is not None:
             if self.allocator.step(state.global_step + 1):
                 for ddp in self.wrappers:
                     after_growth(ddp)
-                self.remember_trained()
-            self.ended = self.allocator.total_rank >= self.allocator.budget
-        state.stateful_callbacks[KEY] = {  # for every step, because any may be saved
-            "ended": self.ended,
-            "settings": self.named_settings,
-            "allocator": None if self.ended else encode(self.allocator.state_dict()),
-        }
-
-    def remember_trained(self) -> None:
-        self.trained = {  # {(name, tensor): Parameter} of the optimizer
-            (name, tensor): getattr(adapter, tensor)
-            for name, adapter in self.adapters.items()
-            for tensor in adapter.GROWS_ALONG
-        }
-
-    def follow_loaded(self, optimizer) -> None:
-        """Let the optimizer train the Parameters that were made since the last step.
-
-        Loading a checkpoint of other ranks makes them. An optimizer that was made before (by you,
-        or by an earlier train()) has the old ones.
-        """
-        for (name, tensor), old in self.trained.items():
-            new = getattr(self.adapters[name], tensor)
-            if new is not old:
-                self.ended = False
-                state = replace_parameter(optimizer, old, new)
-                shapes = {value.shape for key, value in state.items() if key != "step"}
-                if shapes == {new.shape}:  # else it belongs to the old ranks
-                    optimizer.state[new] = state
-        self.remember_trained()
+            if self.allocator.total_rank < self.allocator.budget:
+                file = io.BytesIO()  # because JSON cannot hold an allocator's tensors
+                torch.save(self.allocator.state_dict(), file)
+                saved["allocator"] = file.getvalue().hex()
+            else:
+                self.final_rank = self.allocator.total_rank
+        state.stateful_callbacks[KEY] = saved  # at every step, because any may be saved
 
 
-def take_saved_rank(adapter: LoRALinear, state: dict, prefix: str, *_) -> None:
-    """A hook before load_state_dict: the adapter gets the saved rank."""
+def take_saved_rank(optimizers: list, adapter: LoRALinear, state: dict, prefix: str, *_) -> None:
+    """A hook before load_state_dict: the adapter gets the saved rank, and an optimizer its new
+    Parameters, without moments, which the optimizer's own state holds."""
     saved = state.get(f"{prefix}_extra_state")
     if saved is not None and int(saved[2]) != adapter.rank:
-        adapter.start(int(saved[2]))
-
-
-def encode(state: dict) -> str:
-    """For JSON. An allocator's state may hold tensors."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def decode(text: str) -> dict:
-    """The state that was encoded."""
-    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
+        for optimizer in optimizers:
+            for p in adapter.parameters():
+                optimizer.state.pop(p, None)
+        adapter.start(int(saved[2]), *optimizers)
 
 
 def after_growth(ddp: DistributedDataParallel) -> None:
@@ -190,36 +152,44 @@ def share_scores(allocator: RankAllocator) -> None:
 def find_wrappers(model) -> list[DistributedDataParallel]:
     """The DistributedDataParallel of this model, which the Trainer does not give to callbacks.
     There are more if earlier Trainers of the same model still have theirs."""
-    gc.collect()
+    gc.collect()  # else a dead one could be found in one process only
     found = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
     return [ddp for ddp in found if getattr(ddp, "module", None) is model]
 
 
-def check_kind(args) -> None:
-    """Raises ValueError if accelerate shares the work in another way than whole replicas."""
+def check_kind(args, wrappers: list[DistributedDataParallel]) -> None:
+    """Raises ValueError unless there is one process, or whole replicas in several."""
     kind = "FSDP" if args.fsdp else PartialState().distributed_type.value
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        raise ValueError(
-            f"{kind}: growth needs whole tensors in each process, use one process or torchrun "
-            "with DistributedDataParallel"
-        )
     if args.n_gpu > 1:
-        raise ValueError(f"DataParallel on {args.n_gpu} GPUs: start the script with torchrun")
+        kind = "DataParallel"
+    if kind != "NO" and not (kind.startswith("MULTI_") and wrappers):
+        remedy = "start one process or torchrun, shard nothing, and train() before evaluate()"
+        raise ValueError(f"{kind} without DistributedDataParallel cannot grow: {remedy}")
 
 
-def check_sharding(optimizer) -> None:
-    """Raises ValueError for torch's ZeroRedundancyOptimizer and others that hide an optimizer."""
-    outer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps all of them
-    if isinstance(getattr(outer, "optim", None), torch.optim.Optimizer):
-        hidden, kind = type(outer.optim).__name__, type(outer).__name__
-        raise ValueError(f"optimizer {kind} hides {hidden}, which would keep the old tensors")
+def check_ties(model, adapters: dict[str, LoRALinear]) -> None:
+    """Raises ValueError for an adapted lm_head that is tied, which the Trainer could not save."""
+    uses = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    for name, adapter in adapters.items():
+        if any(uses[p] > 1 for p in adapter.base.parameters()):
+            raise ValueError(f"{name} is tied: call extras.layers.untie(model) before add_adapters")
+
+
+def check_hidden(optimizer) -> None:
+    """Raises ValueError for an optimizer inside another, such as ZeroRedundancyOptimizer's."""
+    if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
+        kind = type(optimizer).__name__
+        raise ValueError(f"optimizer {kind} hides another one: use AdamW or SGD itself")
 
 
 def check_wrapper(ddp: DistributedDataParallel) -> None:
     """Raises ValueError if a new reducer would lose a setting of ddp."""
-    if ddp.static_graph:
-        raise ValueError("static_graph of DistributedDataParallel: growth changes the graph")
-    if ddp._get_ddp_logging_data().get("comm_hook"):
-        raise ValueError("a communication hook of DistributedDataParallel: growth would drop it")
-    if ddp.process_group is not dist.group.WORLD:
-        raise ValueError("DistributedDataParallel with its own process_group: use the default one")
+    settings = {
+        "static_graph": ddp.static_graph,
+        "a communication hook": ddp._get_ddp_logging_data().get("comm_hook"),
+        "delay_all_reduce_named_params": ddp._delay_all_reduce_params,
+        "process_group": ddp.process_group is not dist.group.WORLD,
+    }
+    for name, value in settings.items():
+        if value:
+            raise ValueError(f"{name} of DistributedDataParallel: growth cannot keep it")
