@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -358,16 +359,15 @@ def base_file(model: GPT, tokenizer: Tokenizer) -> dict:
 
 
 def open_base(spec: str, texts: list[str] = ()) -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer of --base: NAME or NAME:ARGUMENT of BASES, or else a model.pt. A base
-    from scratch trains its tokenizer on the texts."""
+    """The model and tokenizer of --base: NAME or NAME:ARGUMENT of BASES, or else a model.pt."""
     name, _, argument = spec.partition(":")
     if name in BASES:
         return BASES[name](os.path.expanduser(argument), texts)
     path = Path(spec)
     if not path.exists():
         path = Path(__file__).parent / spec  # base.pt is found from any folder
-    if not path.is_file():
-        raise ValueError(f"--base {spec}: not a file, and not one of {', '.join(BASES)}")
+    if not zipfile.is_zipfile(path):  # as torch.save writes it
+        raise ValueError(f"--base {spec}: not a model.pt, and not one of {', '.join(BASES)}")
     saved = torch.load(path, map_location="cpu")
     if "config" not in saved:
         raise ValueError(f"--base {spec}: holds no model; give the model.pt of --method full")

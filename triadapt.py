@@ -413,7 +413,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     for name, adapter in find_adapters(model).items():
         kind, base = type(adapter), adapter.base
         if adapter._forward_hooks or adapter._forward_pre_hooks or not is_plain(base):
-            raise ValueError(f"{name}: cannot be merged, it is not W x + b alone: {adapter}")
+            raise ValueError(f"{name}: cannot be merged, it is not W x + b alone: {base}")
         if kind.forward is not LoRALinear.forward and kind.weight is LoRALinear.weight:
             raise ValueError(f"{name}: {kind.__name__} overrides forward, but not weight")
         merged[adapter] = copy.deepcopy(base)

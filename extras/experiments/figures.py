@@ -3,7 +3,6 @@
 python -m extras.experiments.figures
 """
 
-
 from extras.experiments.tables import ROOT, TASKS, interval, minus_lora, pace_differences
 from plots.run import BLUE, GRAY, GREEN, Figure, to_png
 

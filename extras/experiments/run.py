@@ -14,7 +14,7 @@ The rules were written before the first run that counts:
    at random, and LoRA. Seeds 1 to 8. All else is train.py's default, and nothing is tuned.
 4. MPQA and SST-2: all-MiniLM-L6-v2 with a new head, 400 steps of 32 texts (SST-2: 16), alpha 16.
    An allocation every 15 steps ends growth at about 60 % of the steps. dev.tsv is the test split.
-   Of train.tsv a tenth is the validation split, of which at most 512 rows are read.
+   Of train.tsv a ninth is the validation split, of which at most 512 rows are read.
 5. Each row of MPQA and SST-2 has its own learning rate, from 5e-4, 1e-3 and 2e-3: the one with the
    lowest mean validation loss of seeds 101 and 102. If that is the lowest or highest rate tried,
    the next one (half or double) is tried as well, until it is not. Full fine-tuning starts from a
