@@ -1,9 +1,7 @@
 """Other people's layers: transformers' Conv1D, and layers that compute, pack or share their weight.
 
-    convert_conv1d(model)            # before add_adapters, for transformers' GPT-2
-    adapters = add_adapters(model, ["c_attn", "c_fc"])
-    ...
-    restore_conv1d(merge_adapters(model))
+    convert_conv1d(model)                  # before add_adapters, for transformers' GPT-2
+    restore_conv1d(merge_adapters(model))  # before the model is saved
 
 Quantized layers (bitsandbytes) and parametrized layers (weight_norm, spectral_norm, prune) are
 subclasses of nn.Linear, so add_adapters takes them. merge_adapters refuses them, and
@@ -16,7 +14,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from triadapt import find_adapters, merge_adapters, replace_modules
+from triadapt import find_adapters, is_plain, merge_adapters, replace_modules
+
+
+class WasConv1D(nn.Linear):
+    """An nn.Linear in the place of a Conv1D. A merged layer keeps this class."""
 
 
 def convert_conv1d(model: nn.Module) -> nn.Module:
@@ -26,108 +28,81 @@ def convert_conv1d(model: nn.Module) -> nn.Module:
     before the optimizer is made, and restore_conv1d before the model is saved for transformers.
     Raises ValueError, and changes nothing, if a Conv1D has hooks or computes its weight.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Conv1D)}
-    for linear in transpose(model, layers, Conv1D, nn.Linear):
-        linear.was_conv1d = True  # a merged layer keeps it
-    return model
+    return transpose(model, Conv1D, WasConv1D)
 
 
 def restore_conv1d(model: nn.Module) -> nn.Module:
-    """Make each nn.Linear that was a Conv1D one again. Returns the model. Raises ValueError, and
-    changes nothing, if the model has adapters, or such a layer has hooks."""
-    if find_adapters(model):
-        raise ValueError("the model has adapters: call merge_adapters first")
-    layers = {name: m for name, m in model.named_modules() if hasattr(m, "was_conv1d")}
-    transpose(model, layers, nn.Linear, Conv1D)
-    return model
+    """Make each nn.Linear that was a Conv1D one again, after merging. Returns the model. Raises
+    ValueError, and changes nothing, if such a layer has hooks or computes its weight."""
+    return transpose(model, WasConv1D, Conv1D)
 
 
-def transpose(model: nn.Module, layers: dict[str, nn.Module], old: type, new: type) -> list:
-    """Replace layers of the old type by equal ones of the new type, which are returned."""
-    copies = {}  # a weight that two layers share stays shared
+def transpose(model: nn.Module, old: type, new: type) -> nn.Module:
+    """Replace layers of the old type by equal ones of the new type. Returns the model."""
+    weights = {}  # a weight that two layers share stays shared
     replaced = {}
-    for name, layer in layers.items():
-        if not is_plain(layer, old.forward):
-            raise ValueError(f"{name}: its {old.__name__} has hooks or computes its weight")
-        W = layer.weight
-        if W not in copies:
-            copies[W] = nn.Parameter(W.detach().T.contiguous(), W.requires_grad)
-        with torch.device("meta"):  # costs nothing, and draws nothing
-            replaced[layer] = new(*W.shape).train(layer.training)
-        replaced[layer].weight, replaced[layer].bias = copies[W], layer.bias
+    for name, layer in model.named_modules():
+        if isinstance(layer, old):
+            if not is_plain(layer, old):
+                raise ValueError(f"{name}: its {old.__name__} has hooks or computes its weight")
+            W = layer.weight
+            transposed = nn.Parameter(W.detach().T.contiguous(), W.requires_grad)
+            with torch.device("meta"):  # costs nothing, and draws nothing
+                replaced[layer] = new(*W.shape).train(layer.training)
+            replaced[layer].weight = weights.setdefault(W, transposed)
+            replaced[layer].bias = layer.bias
     replace_modules(model, replaced)
-    return [*replaced.values()]
+    return model
 
 
 def untie(model: nn.Module) -> nn.Module:
-    """Give each nn.Linear that shares its weight, such as a tied lm_head, its own copy. Returns
-    the model. Call it before add_adapters. Then an adapted lm_head can be saved and merged."""
+    """Give each nn.Linear that shares weight or bias, such as a tied lm_head, its own copies.
+    Returns the model. Call it before add_adapters. Then an adapted lm_head can be saved and merged.
+    """
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     for layer in model.modules():
-        W = layer._parameters.get("weight")
-        if isinstance(layer, nn.Linear) and uses[W] > 1:
-            layer.weight = nn.Parameter(W.detach().clone(), W.requires_grad)
-            layer.was_tied = True  # for export_lora, because the base of other tools is still tied
+        if is_plain(layer):
+            for name, p in [*layer.named_parameters()]:
+                if uses[p] > 1:
+                    setattr(layer, name, nn.Parameter(p.detach().clone(), p.requires_grad))
+                    layer.was_tied = True  # for export_lora, because it still is in other tools
     return model
 
 
+@torch.no_grad()
 def merge_measured(model: nn.Module) -> nn.Module:
-    """merge_adapters, also for layers that compute or pack their weight. Returns the model.
-
-    What such a layer computes in evaluation is measured, and an nn.Linear with this W and b takes
-    its place. Raises ValueError, and changes nothing, if a layer is not linear.
-    """
-    named = model.named_parameters()
-    dtypes = [p.dtype for name, p in named if p.is_floating_point() and "lora_" not in name]
-    bases = {}
+    """merge_adapters, also for layers that compute or pack their weight. Returns the model, in
+    evaluation mode. What such a layer computes in this mode is measured, and an nn.Linear with
+    this W and b takes its place. Raises ValueError, and replaces nothing, if it is not linear."""
+    model.eval()
+    measured = {}
     for name, adapter in find_adapters(model).items():
-        if not is_plain(adapter.base, nn.Linear.forward):
-            bases[adapter] = measured_linear(name, adapter.base, *dtypes[:1])
-    for adapter, base in bases.items():
-        adapter.base = base
+        layer = adapter.base
+        if is_plain(layer):
+            continue
+        frozen = [p for p in (*layer.parameters(), *model.parameters()) if not p.requires_grad]
+        like = next(p for p in frozen if p.is_floating_point())  # the inputs are like this
+        b = layer(torch.zeros(1, layer.in_features).to(like))[0]
+        # Large inputs, because a small W would be lost in the rounding of W + b.
+        W = (layer(1024 * torch.eye(layer.in_features).to(like)) - b).T / 1024
+        kind = WasConv1D if isinstance(layer, WasConv1D) else nn.Linear
+        linear = kind(*W.T.shape, device="meta")
+        linear.weight = nn.Parameter(W.contiguous(), requires_grad=False)
+        linear.bias = nn.Parameter(b, requires_grad=False) if b.any() else None
+
+        # Small inputs and large ones, because relu(W x + 20) is linear near 0.
+        sizes = torch.tensor([[0.1], [1.0], [10.0], [100.0]])
+        x = (sizes * torch.randn(4, layer.in_features)).to(like)
+        errors = (linear(x) - layer(x)).norm(dim=1)
+        rounds = is_quantized(layer) or like.dtype.itemsize < 4  # 8 bits also round the inputs
+        if not (errors <= (0.03 if rounds else 1e-3) * layer(x).norm(dim=1)).all():
+            raise ValueError(f"{name}: not merged, its {type(layer).__name__} is not linear")
+        measured[adapter] = linear
+    for adapter, linear in measured.items():
+        adapter.base = linear
     return merge_adapters(model)
-
-
-def is_plain(layer: nn.Module, forward) -> bool:
-    """Whether this forward, the layer's own weight and its bias are all that there is."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    own = type(layer._parameters.get("weight")) is nn.Parameter and "forward" not in vars(layer)
-    return type(layer).forward is forward and own and not hooks
 
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether it is a layer of bitsandbytes, with 4 or 8 bits."""
     return type(layer).__module__.startswith("bitsandbytes.")
-
-
-@torch.no_grad()
-def measured_linear(name: str, layer: nn.Linear, dtype=torch.float32) -> nn.Linear:
-    """A plain nn.Linear that computes what the layer does in evaluation, found from its answers.
-    Raises ValueError if there is none. (Unpacking 4-bit weights fails after a forward on a CPU.)"""
-    training = layer.training
-    layer.eval()
-    d_in = layer.in_features
-    floats = [p for p in layer.parameters() if p.is_floating_point()]
-    packed = torch.empty(0, device=layer.weight.device, dtype=dtype)  # the model's dtype
-    like = floats[0] if floats else packed  # the inputs of the layer are like this
-    b = layer(like.new_zeros(1, d_in))  # (1, d_out)
-    # Large inputs, because a small W would be lost in the rounding of W + b.
-    W = (layer(1024 * torch.eye(d_in).to(like)) - b).T / 1024  # (d_out, d_in)
-    linear = nn.Linear(*W.T.shape, device="meta").train(training)
-    linear.weight = nn.Parameter(W.contiguous(), False)
-    linear.bias = nn.Parameter(b[0], False) if b.any() else None
-    if hasattr(layer, "was_conv1d"):
-        linear.was_conv1d = True
-
-    # Small inputs and large ones, because relu(W x + 20) is linear near 0.
-    sizes = torch.tensor([[0.1], [1.0], [10.0], [100.0]])
-    x = (sizes * torch.linspace(-9, 9, 4 * d_in).sin().view(4, d_in)).to(like)
-    y = layer(x)
-    errors = (linear(x) - y).norm(dim=1)
-    layer.train(training)
-    precise = all(p.dtype in (torch.float32, torch.float64) for p in layer.parameters())
-    tolerance = 1e-3 if precise else 0.03  # a layer of 8 bits also rounds its inputs
-    if not (errors <= tolerance * y.norm(dim=1)).all():
-        kind = type(layer).__name__
-        raise ValueError(f"{name}: cannot be merged, because its {kind} is not linear")
-    return linear

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -19,8 +18,6 @@ import data
 import test_triadapt
 import train
 from extras.experiments.bases import long_base
-from extras.experiments.run import RESULTS, read
-from extras.experiments.tables import choices, interval
 from model import GPT, GPTConfig, generate
 from test_triadapt import (
     TINY,
@@ -344,42 +341,6 @@ def test_readme_fork_runs(home, monkeypatch):
     exec(BLOCKS[3], {"__name__": "__main__"})
     del METHODS["diagonal"]
     assert read_log("out")[-1]["total_rank"] == 48
-
-
-def test_readme_claims_are_those_of_the_evidence():
-    claims = README[README.index("## Did the paper") : README.index("## More")]
-    numbers = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", claims)
-    known = [str(one) for one, _ in choices().values()]
-    lines = read(RESULTS / "evidence.jsonl")
-    losses = {}
-    for line in lines:
-        if line["test"]:
-            key = line["task"], line["row"], line["base"], line["seed"]
-            losses[key] = line["test"]["loss"]  # the last setting of a row counts
-    difference = {
-        task: [
-            loss - losses[task, "random", base, seed]
-            for (its_task, row, base, seed), loss in sorted(losses.items())
-            if (its_task, row) == (task, "importance")
-        ]
-        for task in ("CoLA", "SST-2", "prose", "modules")
-    }
-    known += [str(interval(difference["CoLA"] + difference["SST-2"]))]
-    known += [str(interval(values)) for values in difference.values()]
-    assert len(numbers) == 6 and set(numbers) <= set(known)
-
-
-def test_readme_pace_is_that_of_eight_seeds():
-    lines = (ROOT / "extras/results/pace.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = {}
-    for row in map(json.loads, lines):
-        losses.setdefault(row["interval"], {})[row["seed"]] = row["test_loss"]
-    assert [sorted(seeds) for seeds in losses.values()] == [list(range(1, 9))] * 3
-    pace, every, lora = (statistics.mean(losses[key].values()) for key in (5, 1, None))
-    assert f"{pace:.4f} at this pace, {every:.4f} with `--interval 1`, and {lora:.4f}" in README
-    differences = [losses[5][seed] - losses[1][seed] for seed in range(1, 9)]
-    half_width = 2.3646 * statistics.stdev(differences) / 8**0.5  # Student's t, 7 degrees
-    assert f"{statistics.mean(differences):.4f} ± {half_width:.4f}" in README
 
 
 def test_base_is_that_of_the_evidence():

@@ -1,6 +1,8 @@
 """Tests of the experiments at their smallest size: pytest extras/experiments"""
 
 import json
+import re
+import statistics
 
 import pytest
 import torch
@@ -100,3 +102,41 @@ def test_pages_hold_the_numbers_of_the_results():
     for path in tables.PAGES:
         page = path.read_text(encoding="utf-8")
         assert tables.fill(page) == page, path
+
+
+def test_readme_claims_are_those_of_the_evidence():
+    page = (tables.ROOT / "README.md").read_text(encoding="utf-8")
+    claims = page[page.index("## Did the paper") : page.index("## More")]
+    numbers = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", claims)
+    known = [str(one) for one, _ in tables.choices().values()]
+    lines = run.read(run.RESULTS / "evidence.jsonl")
+    losses = {}
+    for line in lines:
+        if line["test"]:
+            key = line["task"], line["row"], line["base"], line["seed"]
+            losses[key] = line["test"]["loss"]  # the last setting of a row counts
+    difference = {
+        task: [
+            loss - losses[task, "random", base, seed]
+            for (its_task, row, base, seed), loss in sorted(losses.items())
+            if (its_task, row) == (task, "importance")
+        ]
+        for task in ("CoLA", "SST-2", "prose", "modules")
+    }
+    known += [str(tables.interval(difference["CoLA"] + difference["SST-2"]))]
+    known += [str(tables.interval(values)) for values in difference.values()]
+    assert len(numbers) == 6 and set(numbers) <= set(known)
+
+
+def test_readme_pace_is_that_of_eight_seeds():
+    page = (tables.ROOT / "README.md").read_text(encoding="utf-8")
+    lines = (run.RESULTS / "pace.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = {}
+    for row in map(json.loads, lines):
+        losses.setdefault(row["interval"], {})[row["seed"]] = row["test_loss"]
+    assert [sorted(seeds) for seeds in losses.values()] == [list(range(1, 9))] * 3
+    pace, every, lora = (statistics.mean(losses[key].values()) for key in (5, 1, None))
+    assert f"{pace:.4f} at this pace, {every:.4f} with `--interval 1`, and {lora:.4f}" in page
+    differences = [losses[5][seed] - losses[1][seed] for seed in range(1, 9)]
+    half_width = 2.3646 * statistics.stdev(differences) / 8**0.5  # Student's t, 7 degrees
+    assert f"{statistics.mean(differences):.4f} ± {half_width:.4f}" in page
