@@ -442,7 +442,9 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], optimize
     """
     odd = adapter_state_dict(model).keys() ^ state.keys()
     if odd:
-        raise ValueError(f"{min(odd)} is only in model or state: use the same base and targets")
+        raise ValueError(
+            f"{min(odd)} is only in model or state: use the same base, targets, wrappers"
+        )
     for name, adapter in find_adapters(model).items():
         rank = int(state[f"{name}._extra_state"][2])
         if rank != adapter.rank:

@@ -6,6 +6,7 @@ peft.PeftModel.from_pretrained(base_model, "folder")
 
 import copy
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +36,8 @@ def export_lora(model, folder, base=None, inputs=None, task_type=None) -> None:
     base: name or folder of the base model, for tools that load it.
     inputs: a batch for the model: a dict of keyword arguments, or one tensor. peft's outputs with
         the files are compared, also after peft's merging. What these inputs do not reach is not
-        checked. Without inputs no output is compared: where the model reads a weight and does not
-        call its layer, peft uses the bare weight.
+        checked. Without inputs no output is compared, and a warning says so: where the model reads
+        a weight and does not call its layer, peft uses the bare weight.
     task_type: of peft, such as "CAUSAL_LM". None lets AutoPeftModel take the class of the model.
 
     Raises ValueError, and writes nothing, if peft would not compute what the model computes.
@@ -45,6 +46,8 @@ def export_lora(model, folder, base=None, inputs=None, task_type=None) -> None:
     adapters = find_adapters(net)
     if not adapters:
         raise ValueError("the model has no adapters to export")
+    if inputs is None:
+        warnings.warn("export_lora compared no outputs with peft's: give it inputs", stacklevel=2)
     refuse_known(net, inputs)
     modules = trained_modules(net, task_type)
     plain = copy.deepcopy(net)  # the base, as other tools get it

@@ -661,7 +661,8 @@ def test_trained_heads_open_with_their_task(tmp_path):
 
 def test_failed_exports_keep_the_older_files(tmp_path, monkeypatch):
     net = export_adapted(ExportTwo(lambda net, x: net.q(x)), "q")
-    export.export_lora(net, tmp_path)
+    with pytest.warns(match="export_lora compared no outputs with peft's: give it inputs"):
+        export.export_lora(net, tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(first) == ["adapter_config.json", "adapter_model.safetensors"]
     nn.init.ones_(net.q.lora_B)
