@@ -160,20 +160,21 @@ def replace_parameter(optimizer, old: Tensor, new: Tensor) -> dict:
 def check_optimizer(optimizer, adapters: dict[str, LoRALinear]) -> None:
     """Raises ValueError if this optimizer cannot train these adapters while they grow."""
     kind = f"optimizer {type(optimizer).__name__}"
-    if getattr(optimizer, "optimizer", optimizer).state is not optimizer.state:
+    inner = [v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)]
+    if any(one.state is not optimizer.state for one in inner):
         raise ValueError(f"{kind} wraps another one: give the allocator the inner optimizer")
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if key != "step" and (key not in MOMENTS or value.shape != p.shape):
+                raise ValueError(f"{kind}: its {key!r} cannot grow, use AdamW or SGD")
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     for name, adapter in adapters.items():
         for tensor in adapter.GROWS_ALONG:
             p = getattr(adapter, tensor)
-            where = f"{name}.{tensor}"
             if p.dtype != torch.float32:
-                raise ValueError(f"{where} is {p.dtype}: convert the model before add_adapters")
+                raise ValueError(f"{name}.{tensor} is {p.dtype}: convert before add_adapters")
             if p.requires_grad and p not in trained:
-                raise ValueError(f"{kind} lacks {where}: create it after the adapters")
-            for key, value in optimizer.state.get(p, {}).items():
-                if key != "step" and (key not in MOMENTS or value.shape != p.shape):
-                    raise ValueError(f"{kind}: {key!r} of {where} cannot grow, use AdamW or SGD")
+                raise ValueError(f"{kind} lacks {name}.{tensor}: create it after the adapters")
 
 
 class TriAdaptLinear(LoRALinear):
@@ -205,12 +206,10 @@ class TriAdaptLinear(LoRALinear):
 
 @dataclass(eq=False)
 class RankAllocator:
-    """Grows the matrices with the k highest scores, until a budget is spent. The k-th largest score
-    is the paper's dynamic threshold.
+    """Grows the k matrices with the highest scores. The k-th is the paper's dynamic threshold.
 
-    The budget is the sum of the adapters' target ranks. One matrix may get more than its share, but
-    the total rank never exceeds the budget. Override `scores` to let another signal decide. Raises
-    ValueError if nothing can grow.
+    The budget is the sum of all target ranks. One matrix may exceed its share, the total cannot.
+    Override `scores` for another signal. Raises ValueError if nothing can grow.
     """
 
     adapters: dict[str, LoRALinear]  # by module name, from add_adapters or find_adapters
@@ -406,9 +405,8 @@ def is_plain(layer: nn.Module, kind=nn.Linear) -> bool:
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Replace each adapter by a plain copy of its layer with the weight W + s B (L + U) A. Returns
-    the model. Raises ValueError, and changes nothing, if there are no adapters, or if a layer or
-    an adapter computes more than its equation, for example in a hook.
-    """
+    the model. Raises ValueError, and changes nothing, if there are no adapters, or if one computes
+    more than its equation, for example in a hook."""
     merged = {}
     for name, adapter in find_adapters(model).items():
         kind, base = type(adapter), adapter.base
@@ -426,19 +424,19 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that training changes, {name: tensor}: adapters with their scales and ranks,
-    other trained parameters, and buffers, such as BatchNorm statistics."""
-    kept = {name for name, p in model.named_parameters() if p.requires_grad or "lora_" in name}
-    kept |= {name for name, _ in model.named_buffers()}
-    kept |= {f"{name}._extra_state" for name in find_adapters(model)}
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name in kept}
+    other parameters that are not frozen now, and buffers, such as BatchNorm statistics."""
+    state = model.state_dict()
+    kept = [name for name, p in model.named_parameters() if p.requires_grad or "lora_" in name]
+    kept += [name for name, _ in model.named_buffers() if name in state]
+    kept += [f"{name}._extra_state" for name in find_adapters(model)]
+    return {name: state[name].clone() for name in kept}
 
 
 def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], optimizer=None) -> None:
     """Load what adapter_state_dict returned into a model with the same target modules and method.
 
     Each adapter gets the saved rank, scale and target rank. A new rank means new Parameters: create
-    the optimizer afterwards, or pass it, and load its own state afterwards. Raises ValueError if a
-    name differs, and torch's RuntimeError if a shape does.
+    the optimizer afterwards, or pass it. Load its state last. Raises ValueError if a name differs.
     """
     odd = adapter_state_dict(model).keys() ^ state.keys()
     if odd:

@@ -7,6 +7,7 @@ Each class is a RankAllocator with other `scores`, which can grow plain LoRA as 
 this file they enter ALLOCATORS.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -91,6 +92,8 @@ class Sensitivity(RankAllocator):
                     now = (p * p.grad).abs()
                     mean = mean.lerp(now, self.NEW)
                     moments[tensor] = mean, spread.lerp((now - mean).abs(), self.NEW)
+        if not any(self.moments.values()):
+            raise ValueError("sensitivity needs gradients: call zero_grad after allocator.step")
         return super().step(t)
 
     def scores(self) -> dict[str, float]:
@@ -109,9 +112,10 @@ def pad(moment: Tensor, p: Tensor) -> Tensor:
 
 
 class Worth(RankAllocator):
-    """What a change is worth, per rank: the sum over tokens of (dL/dy . delta_W x)^2, smoothed.
-    To first order, dL/dy . delta_W x is what the update of W does to the loss at one token. It is
-    squared, so that tokens which gain and tokens which lose do not cancel."""
+    """What an update is worth, per rank: the sum over tokens of (dL/dy . delta_W x)^2, smoothed. To
+    first order, dL/dy . delta_W x is its effect on the loss at one token. The square keeps gains
+    and losses from canceling. A layer that is read and not called, as in MultiheadAttention, has
+    the worth 0."""
 
     REMEMBERS = (*RankAllocator.REMEMBERS, "worth")
 
@@ -134,7 +138,8 @@ class Worth(RankAllocator):
 
     def step(self, t: int) -> list[str]:
         for name, now in self.now.items():
-            self.worth[name] = 0.97 * self.worth[name] + 0.03 * float(now)
+            if math.isfinite(now):  # a GradScaler skips steps whose gradients overflow
+                self.worth[name] = 0.97 * self.worth[name] + 0.03 * float(now)
             self.now[name] = 0.0
         grown = super().step(t)
         if t == self.total_steps:

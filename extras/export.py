@@ -34,7 +34,7 @@ def export_lora(model, folder, base=None, inputs=None, task_type=None) -> None:
     model: with adapters that are not merged. Two copies of it are made.
     folder: older files are replaced after all checks.
     base: name or folder of the base model, for tools that load it.
-    inputs: a batch for the model: a dict of keyword arguments, or one tensor. peft's outputs with
+    inputs: a batch for the model: keyword arguments, a tuple, or one tensor. peft's outputs with
         the files are compared, also after peft's merging. What these inputs do not reach is not
         checked. Without inputs no output is compared, and a warning says so: where the model reads
         a weight and does not call its layer, peft uses the bare weight.
@@ -55,6 +55,8 @@ def export_lora(model, folder, base=None, inputs=None, task_type=None) -> None:
     restore_conv1d(plain)
     ends = tuple(modules)  # peft takes all modules whose names end like this
     modules = [name for name, _ in plain.named_modules() if name.endswith(ends)]
+    inner = {n for n in modules if any(n.startswith(f"{outer}.") for outer in modules)}
+    modules = [name for name in modules if name not in inner]  # because it saves them whole
 
     r = max(adapter.rank for adapter in adapters.values())
     kind = type(plain)
@@ -195,10 +197,12 @@ def as_float32(tensor: Tensor) -> Tensor:
 def outputs(net: nn.Module, inputs) -> list[Tensor]:
     """The tensors of floats that the model returns for this batch, with zeros as masks."""
     torch.manual_seed(0)  # some models draw masks in evaluation
-    if isinstance(inputs, Mapping):
-        result = net(**tree_map_only(Tensor, as_float32, dict(inputs)))
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    inputs = tree_map_only(Tensor, as_float32, inputs)
+    if isinstance(inputs, dict):
+        result = net(**inputs)
     else:
-        result = net(as_float32(inputs))
+        result = net(*inputs) if isinstance(inputs, tuple) else net(inputs)
     tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.numel()]
     floats = [t.masked_fill(t.abs() > 1e30, 0) for t in tensors if t.is_floating_point()]
     if not floats:

@@ -63,7 +63,10 @@ def load_gpt2(source: str | Path) -> tuple[GPT, Tokenizer]:
     json = tokenizer.to_str()
     if data.END_OF_TEXT not in wrapper.get_vocab():
         json = json.replace(f'"{wrapper.eos_token}"', f'"{data.END_OF_TEXT}"')
-    return gpt, data.open_tokenizer(json)
+    tokenizer = data.open_tokenizer(json)
+    if data.end_token(tokenizer) >= size.vocab_size:
+        raise ValueError("the token that ends a text is not in the embedding: resize it")
+    return gpt, tokenizer
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,9 @@
 Quantized layers (bitsandbytes) and parametrized layers (weight_norm, spectral_norm, prune) are
 subclasses of nn.Linear, so add_adapters takes them. merge_adapters refuses them, and
 merge_measured(model) merges them if they are linear. untie(model) is for an adapted lm_head.
+
+Two things go wrong without a word. A model that changes `layer.weight` in place, such as RWKV,
+changes a copy. And a layer that accelerate has offloaded has no weights to adapt.
 """
 
 from collections import Counter
@@ -33,7 +36,9 @@ def convert_conv1d(model: nn.Module) -> nn.Module:
 
 def restore_conv1d(model: nn.Module) -> nn.Module:
     """Make each nn.Linear that was a Conv1D one again, after merging. Returns the model. Raises
-    ValueError, and changes nothing, if such a layer has hooks or computes its weight."""
+    ValueError, and changes nothing, if it has adapters, or if such a layer is not plain."""
+    if find_adapters(model):
+        raise ValueError("the model has adapters: call merge_adapters or merge_measured first")
     return transpose(model, WasConv1D, Conv1D)
 
 
@@ -66,6 +71,8 @@ def untie(model: nn.Module) -> nn.Module:
                 if uses[p] > 1:
                     setattr(layer, name, nn.Parameter(p.detach().clone(), p.requires_grad))
                     layer.was_tied = True  # for export_lora, because it still is in other tools
+    if hasattr(model, "config"):
+        model.config.tie_word_embeddings = False  # else transformers would tie it again
     return model
 
 

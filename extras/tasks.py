@@ -204,7 +204,7 @@ def table_task(argument: str) -> RowTask:
         kind = ClassTask
         for row in rows:  # pandas writes 1.0 into a column with gaps
             row.answer = re.sub(r"^(-?\d+)\.0$", r"\1", row.answer)
-        odd = [row for row in rows if row.answer in ("", "-", "-1", "nan")]
+        odd = [row for row in rows if row.answer.lower() in ("", "-", "-1", "nan", "na", "null")]
     for row in odd:
         raise ValueError(f"data {row.place} has {columns[-1]} {row.answer!r}: delete or rename it")
     return kind(argument, rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 import data
@@ -36,6 +37,7 @@ from triadapt import (
     METHODS,
     LoRALinear,
     RankAllocator,
+    adapter_state_dict,
     add_adapters,
     find_adapters,
     merge_adapters,
@@ -349,3 +351,11 @@ def test_base_is_that_of_the_evidence():
     assert tokenizer.to_str() == its_tokenizer.to_str()
     for name, weight in original.state_dict().items():
         assert torch.equal(gpt.get_parameter(name), weight.half().float())
+
+
+def test_saving_needs_the_names_of_the_state_dict():
+    """torch's checkpoint_wrapper hides its prefix in state_dict, and would lose the adapters."""
+    net = nn.Sequential(checkpoint_wrapper(nn.Linear(3, 3)))
+    add_adapters(net, ".*", rank=2)
+    with pytest.raises(KeyError, match="0._checkpoint_wrapped_module.lora_B"):
+        adapter_state_dict(net)

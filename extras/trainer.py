@@ -59,7 +59,7 @@ class GrowthCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, optimizer, **kwargs):
         if optimizer is not None:  # it is yours
-            check_hidden(optimizer)
+            check_optimizer(optimizer, self.adapters)
             self.optimizers[:] = [optimizer]
 
     def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
@@ -68,7 +68,6 @@ class GrowthCallback(TrainerCallback):
         self.wrappers = find_wrappers(model)
         check_kind(args, self.wrappers)
         check_ties(model, self.adapters)
-        check_hidden(optimizer)
         check_optimizer(optimizer, self.adapters)
         for ddp in self.wrappers:
             after_growth(ddp)  # because loading a checkpoint may have made Parameters
@@ -173,13 +172,6 @@ def check_ties(model, adapters: dict[str, LoRALinear]) -> None:
     for name, adapter in adapters.items():
         if any(uses[p] > 1 for p in adapter.base.parameters()):
             raise ValueError(f"{name} is tied: call extras.layers.untie(model) before add_adapters")
-
-
-def check_hidden(optimizer) -> None:
-    """Raises ValueError for an optimizer inside another, such as ZeroRedundancyOptimizer's."""
-    if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
-        kind = type(optimizer).__name__
-        raise ValueError(f"optimizer {kind} hides another one: use AdamW or SGD itself")
 
 
 def check_wrapper(ddp: DistributedDataParallel) -> None:
