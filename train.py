@@ -206,15 +206,15 @@ class Run:
 
     def make_allocator(self):
         """The allocator of --allocator: NAME or NAME:ARGUMENT of ALLOCATORS."""
-        name, _, argument = self.args.allocator.partition(":")
-        if name not in ALLOCATORS:
-            raise ValueError(f"--allocator {name}: must be one of {', '.join(ALLOCATORS)}")
+        args = self.args
+        name, _, argument = args.allocator.partition(":")
+        if name not in ALLOCATORS or (argument and ALLOCATORS[name] is triadapt.RankAllocator):
+            raise ValueError(f"--allocator {args.allocator}: must be {' or '.join(ALLOCATORS)}")
         keys = ("warmup", "interval", "schedule", "rank_step", "top_k")
-        settings = {key: getattr(self.args, key) for key in keys}
+        settings = {key: getattr(args, key) for key in keys}
         if argument:
             settings["argument"] = argument
-        settings["total_steps"] = self.args.steps
-        return ALLOCATORS[name](self.adapters, self.optimizer, **settings)
+        return ALLOCATORS[name](self.adapters, self.optimizer, total_steps=args.steps, **settings)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(batch, time) -> (batch, time, outputs), in float32."""
@@ -239,7 +239,7 @@ class Run:
         if not math.isfinite(loss):
             sys.exit(f"the {split} loss is {loss} at step {self.step}: give a lower --lr")
         metrics = {"loss": loss} | self.task.metrics(loss, collected)
-        return {f"{split}_{name}": value for name, value in metrics.items()}
+        return {f"{split}_{name}": float(value) for name, value in metrics.items()}
 
     def test(self, when: str) -> dict:
         """Print and return test loss and metrics, and how the model continues a text."""

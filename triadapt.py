@@ -260,8 +260,8 @@ class RankAllocator:
     def step(self, t: int) -> list[str]:
         """Call after each optimizer step, t = 1, 2, ..., total_steps. Returns the names that grew.
 
-        Growth replaces Parameters. Take lists of them (for clipping, an EMA) anew after it. Under
-        DistributedDataParallel the replicas drift apart without extras/trainer.py.
+        Growth replaces Parameters. Their hooks are lost. Take lists of them (for clipping, an EMA)
+        anew. Under DistributedDataParallel the replicas drift apart without extras/trainer.py.
         """
         if t != self.last_step + 1 or t > self.total_steps:
             raise ValueError(f"step {t}: expected {self.last_step + 1} of {self.total_steps}")
@@ -279,7 +279,7 @@ class RankAllocator:
             reasons = "is step called after optimizer.step, and does the loss use the adapters?"
             raise ValueError(f"no matrix has been trained: {reasons}")
         all_scores = self.scores()
-        scores = {name: all_scores[name] for name in trained}
+        scores = {name: float(all_scores[name]) for name in trained}
         if any(math.isnan(score) for score in scores.values()):
             raise ValueError(f"a score is not a number: {scores}")
 

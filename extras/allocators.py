@@ -3,8 +3,7 @@
     python -m extras --allocator worth
     python -m extras --allocator random:parameters     # the budget counts trained parameters
 
-Each class is a RankAllocator with other `scores`, which can grow plain LoRA as well. At the end of
-this file they enter ALLOCATORS.
+Each class is a RankAllocator with other `scores`, which can grow plain LoRA as well.
 """
 
 import math
@@ -87,7 +86,7 @@ class Sensitivity(RankAllocator):
         for name, moments in self.moments.items():
             for tensor in self.adapters[name].GROWS_ALONG:
                 p = getattr(self.adapters[name], tensor)
-                if p.grad is not None:
+                if p.grad is not None and p.grad.isfinite().all():  # else an overflow is skipped
                     mean, spread = (pad(m, p) for m in moments.get(tensor, (p[:0], p[:0])))
                     now = (p * p.grad).abs()
                     mean = mean.lerp(now, self.NEW)
@@ -115,7 +114,7 @@ class Worth(RankAllocator):
     """What an update is worth, per rank: the sum over tokens of (dL/dy . delta_W x)^2, smoothed. To
     first order, dL/dy . delta_W x is its effect on the loss at one token. The square keeps gains
     and losses from canceling. A layer that is read and not called, as in MultiheadAttention, has
-    the worth 0."""
+    the worth 0. If training ends early, remove the `handles`, because they forbid merging."""
 
     REMEMBERS = (*RankAllocator.REMEMBERS, "worth")
 

@@ -63,10 +63,7 @@ def load_gpt2(source: str | Path) -> tuple[GPT, Tokenizer]:
     json = tokenizer.to_str()
     if data.END_OF_TEXT not in wrapper.get_vocab():
         json = json.replace(f'"{wrapper.eos_token}"', f'"{data.END_OF_TEXT}"')
-    tokenizer = data.open_tokenizer(json)
-    if data.end_token(tokenizer) >= size.vocab_size:
-        raise ValueError("the token that ends a text is not in the embedding: resize it")
-    return gpt, tokenizer
+    return gpt, data.open_tokenizer(json)
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:

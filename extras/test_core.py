@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -212,7 +213,7 @@ def test_scratch_and_full_training_make_a_base(home):
         ),
         ("--interval 0", "interval 0: must be 1 or more"),
         ("--seed -1", "seed -1: must be 0 or more"),
-        ("--allocator best", "--allocator best: must be one of importance"),
+        ("--allocator best", "--allocator best: must be importance"),
         ("--method full --schedule linear", "nothing can grow"),
         ("--schedule quadratic", "invalid choice: 'quadratic'"),
     ],
@@ -359,3 +360,23 @@ def test_saving_needs_the_names_of_the_state_dict():
     add_adapters(net, ".*", rank=2)
     with pytest.raises(KeyError, match="0._checkpoint_wrapped_module.lora_B"):
         adapter_state_dict(net)
+
+
+def test_numbers_of_numpy_can_be_resumed(home, monkeypatch):
+    monkeypatch.setattr(data.Task, "metrics", lambda task, loss, collected: {"np": np.float64(1)})
+    old = RankAllocator.scores
+
+    def scores(self):
+        return {name: np.float64(score) for name, score in old(self).items()}
+
+    monkeypatch.setattr(RankAllocator, "scores", scores)
+    log = run(TINY).log
+    assert {type(entry["test_np"]) for entry in (log[0], log[-1])} == {float}
+    grown = [entry["scores"] for entry in log if entry["kind"] == "allocation"]
+    assert {type(score) for scores in grown for score in scores.values()} == {float}
+
+
+def test_the_importance_takes_no_argument(home, monkeypatch, capsys):
+    monkeypatch.setitem(ALLOCATORS, "importance", RankAllocator)  # extras/ has one with arguments
+    said = refusal(f"{TINY} --allocator importance:x", capsys)
+    assert "--allocator importance:x: must be importance" in said

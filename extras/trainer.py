@@ -7,7 +7,8 @@
 Start it with python, torchrun or accelerate launch. A checkpoint holds ranks and allocator, so
 resume_from_checkpoint continues growth. load_best_model_at_end may go back to lower ranks.
 
-In a loop of your own with torch's DistributedDataParallel, call after_growth:
+In a loop of your own with torch's DistributedDataParallel (without ddp.join), call after_growth
+after every growth, and after a state was loaded:
 
     ddp = DistributedDataParallel(model)
     share_scores(allocator)
@@ -32,26 +33,27 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from extras.allocators import ALLOCATORS
 from triadapt import LoRALinear, RankAllocator, check_optimizer, find_adapters
-
-KEY = "growth"  # in trainer_state.json; a key that is no callback's class name is left alone
 
 
 class GrowthCallback(TrainerCallback):
     """Grows the adapters after optimizer steps.
 
-    allocator: RankAllocator, or another class, such as Worth of extras/allocators.py. In several
-        processes, the scores of the first one decide. Worth and Sensitivity see only its batches.
+    allocator: NAME or NAME:ARGUMENT of ALLOCATORS, such as "worth:parameters". In several processes
+        the scores of the first one decide, and `worth` sees only its batches.
     settings: of the allocator, such as warmup. total_steps is the Trainer's.
 
     Raises ValueError before training if the model, its optimizer or the way of sharing the work
     cannot grow, or if the settings are not those of the checkpoint.
     """
 
-    def __init__(self, adapters: dict[str, LoRALinear], allocator=RankAllocator, **settings):
+    def __init__(self, adapters: dict[str, LoRALinear], allocator="importance", **settings):
+        name, _, argument = allocator.partition(":")
+        self.settings = settings | {"argument": argument} if argument else settings
+        self.make_allocator = partial(ALLOCATORS[name], adapters, **self.settings)
         self.adapters = adapters
-        self.make_allocator = partial(allocator, adapters, **settings)
-        self.settings = f"{allocator.__name__} {dict(sorted(settings.items()))}"
+        self.key = f"growth of {min(adapters)} by {name}"  # other than the names of callbacks
         self.final_rank = None  # the total rank when the budget was spent
         self.optimizers = []  # the Trainer's, as soon as there is one
         for adapter in adapters.values():  # its hook has no self, because models are copied
@@ -72,10 +74,10 @@ class GrowthCallback(TrainerCallback):
         for ddp in self.wrappers:
             after_growth(ddp)  # because loading a checkpoint may have made Parameters
 
-        saved = state.stateful_callbacks.get(KEY)
+        saved = state.stateful_callbacks.get(self.key)
         total_rank = sum(adapter.rank for adapter in self.adapters.values())
         if saved is None and state.global_step > 0:
-            raise ValueError("the checkpoint was written without GrowthCallback: train anew")
+            raise ValueError(f"the checkpoint was written without {self.key}: train anew")
         if saved and saved["settings"] != self.settings:
             raise ValueError(f"resume with the settings of the checkpoint: {saved['settings']}")
         spent = saved["allocator"] is None if saved else total_rank == self.final_rank
@@ -83,6 +85,7 @@ class GrowthCallback(TrainerCallback):
             self.final_rank = total_rank
             self.allocator = None
             return
+        self.final_rank = None
         self.allocator = self.make_allocator(optimizer, total_steps=state.max_steps)
         if saved:
             file = io.BytesIO(bytes.fromhex(saved["allocator"]))
@@ -96,13 +99,13 @@ class GrowthCallback(TrainerCallback):
             if self.allocator.step(state.global_step + 1):
                 for ddp in self.wrappers:
                     after_growth(ddp)
-            if self.allocator.total_rank < self.allocator.budget:
+                if not self.allocator.plan():
+                    self.final_rank = self.allocator.total_rank
+            if self.allocator.total_rank != self.final_rank:
                 file = io.BytesIO()  # because JSON cannot hold an allocator's tensors
                 torch.save(self.allocator.state_dict(), file)
                 saved["allocator"] = file.getvalue().hex()
-            else:
-                self.final_rank = self.allocator.total_rank
-        state.stateful_callbacks[KEY] = saved  # at every step, because any may be saved
+        state.stateful_callbacks[self.key] = saved  # at every step, because any may be saved
 
 
 def take_saved_rank(optimizers: list, adapter: LoRALinear, state: dict, prefix: str, *_) -> None:
@@ -118,7 +121,7 @@ def take_saved_rank(optimizers: list, adapter: LoRALinear, state: dict, prefix: 
 
 def after_growth(ddp: DistributedDataParallel) -> None:
     """Make the adapters those of the first process, and let ddp sum the gradients of the new
-    Parameters. Call it in every process after a growth, before the next forward pass.
+    Parameters. Call it in every process after a growth or a loaded state, before the next forward.
 
     Raises ValueError in every process if they grew different matrices.
     """
@@ -179,6 +182,7 @@ def check_wrapper(ddp: DistributedDataParallel) -> None:
     settings = {
         "static_graph": ddp.static_graph,
         "a communication hook": ddp._get_ddp_logging_data().get("comm_hook"),
+        "python_reducer": ddp._use_python_reducer,
         "delay_all_reduce_named_params": ddp._delay_all_reduce_params,
         "process_group": ddp.process_group is not dist.group.WORLD,
     }
