@@ -2,7 +2,6 @@
 
 import json
 import re
-import statistics
 
 import pytest
 import torch
@@ -130,13 +129,8 @@ def test_readme_claims_are_those_of_the_evidence():
 
 def test_readme_pace_is_that_of_eight_seeds():
     page = (tables.ROOT / "README.md").read_text(encoding="utf-8")
-    lines = (run.RESULTS / "pace.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = {}
-    for row in map(json.loads, lines):
-        losses.setdefault(row["interval"], {})[row["seed"]] = row["test_loss"]
-    assert [sorted(seeds) for seeds in losses.values()] == [list(range(1, 9))] * 3
-    pace, every, lora = (statistics.mean(losses[key].values()) for key in (5, 1, None))
-    assert f"{pace:.4f} at this pace, {every:.4f} with `--interval 1`, and {lora:.4f}" in page
-    differences = [losses[5][seed] - losses[1][seed] for seed in range(1, 9)]
-    half_width = 2.3646 * statistics.stdev(differences) / 8**0.5  # Student's t, 7 degrees
-    assert f"{statistics.mean(differences):.4f} ± {half_width:.4f}" in page
+    differences = tables.pace_differences("importance")
+    assert [len(values) for values in differences.values()] == [8] * 5
+    one, five, twenty = (tables.interval(differences[steps]) for steps in (1, 5, 20))
+    words = f"is {one} with an allocation at every step, {five} at every fifth, and {twenty} at"
+    assert words in page
