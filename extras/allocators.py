@@ -74,40 +74,40 @@ class Sensitivity(RankAllocator):
     """AdaLoRA's score (Zhang et al. 2023): |w dL/dw| of each entry, smoothed over steps, times its
     smoothed uncertainty. Here it is the mean over all entries of a matrix's adapter."""
 
-    NEW = 0.15  # the share of the current step in a smoothed value
     REMEMBERS = (*RankAllocator.REMEMBERS, "moments")
 
     def __post_init__(self):
         super().__post_init__()
-        self.moments = {name: {} for name in self.adapters}  # name: {tensor: (mean, spread)}
+        self.moments = {}  # (name, tensor): (mean, spread)
 
     @torch.no_grad()
     def step(self, t: int) -> list[str]:
-        for name, moments in self.moments.items():
-            for tensor in self.adapters[name].GROWS_ALONG:
-                p = getattr(self.adapters[name], tensor)
+        for name, adapter in self.adapters.items():
+            for tensor in adapter.GROWS_ALONG:
+                p = getattr(adapter, tensor)
                 if p.grad is not None and p.grad.isfinite().all():  # else an overflow is skipped
-                    mean, spread = (pad(m, p) for m in moments.get(tensor, (p[:0], p[:0])))
-                    now = (p * p.grad).abs()
-                    mean = mean.lerp(now, self.NEW)
-                    moments[tensor] = mean, spread.lerp((now - mean).abs(), self.NEW)
-        if not any(self.moments.values()):
+                    old = self.moments.get((name, tensor), (p[:0], p[:0]))
+                    self.moments[name, tensor] = smoothed(*old, p)
+        if not self.moments:
             raise ValueError("sensitivity needs gradients: call zero_grad after allocator.step")
         return super().step(t)
 
     def scores(self) -> dict[str, float]:
-        scores = dict.fromkeys(self.adapters, 0.0)
-        for name, moments in self.moments.items():
-            if moments:  # after the first gradient
-                products = [(mean * spread).flatten() for mean, spread in moments.values()]
-                scores[name] = torch.cat(products).mean().item()
-        return scores
+        products = {name: [] for name in self.adapters}
+        for (name, _), (mean, spread) in self.moments.items():
+            products[name].append((mean * spread).flatten())
+        means = {name: torch.cat(own).mean().item() for name, own in products.items() if own}
+        return dict.fromkeys(self.adapters, 0.0) | means
 
 
-def pad(moment: Tensor, p: Tensor) -> Tensor:
-    """A moment in the shape that p has grown to, with zeros for the new entries."""
-    ends = [(0, new - old) for new, old in zip(p.shape, moment.shape, strict=True)]
-    return nn.functional.pad(moment.to(p), sum(reversed(ends), ()))
+def smoothed(mean: Tensor, spread: Tensor, p: Tensor, share=0.15) -> tuple[Tensor, Tensor]:
+    """The mean of |w dL/dw| and its spread after one more step. Entries that p has gained since the
+    last step start with 0. share: of the new step in the smoothed value."""
+    ends = [(0, now - old) for now, old in zip(p.shape, mean.shape, strict=True)]
+    mean, spread = (nn.functional.pad(m.to(p), sum(reversed(ends), ())) for m in (mean, spread))
+    now = (p * p.grad).abs()
+    mean = mean.lerp(now, share)
+    return mean, spread.lerp((now - mean).abs(), share)
 
 
 class Worth(RankAllocator):
@@ -122,18 +122,8 @@ class Worth(RankAllocator):
         super().__post_init__()
         self.worth = dict.fromkeys(self.adapters, 0.0)  # smoothed over steps
         self.now = dict.fromkeys(self.adapters, 0.0)  # of this step, over its backward passes
-        hooks = {name: partial(self.watch, name) for name in self.adapters}
+        hooks = {name: partial(watch, self.now, name) for name in self.adapters}
         self.handles = [self.adapters[name].register_forward_hook(h) for name, h in hooks.items()]
-
-    def watch(self, name: str, adapter: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:
-        def backward_hook(gradient: Tensor) -> None:  # (..., d_out)
-            left, right = (factor.detach() for factor in adapter.factors())
-            products = (gradient.float() @ left) * (x.float() @ right.T)  # (..., r)
-            self.now[name] += (adapter.scale * products.sum(-1)).square().sum()
-
-        if output.requires_grad:  # not in evaluation
-            x = inputs[0].detach()
-            output.register_hook(backward_hook)
 
     def step(self, t: int) -> list[str]:
         for name, now in self.now.items():
@@ -150,25 +140,36 @@ class Worth(RankAllocator):
         return {name: worth / self.adapters[name].rank for name, worth in self.worth.items()}
 
 
+def watch(now: dict, name: str, adapter: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:
+    """A forward hook. The backward pass adds the worth of this call to now[name]."""
+
+    def backward_hook(gradient: Tensor) -> None:  # (..., d_out)
+        left, right = (factor.detach() for factor in adapter.factors())
+        products = (gradient.float() @ left) * (x.float() @ right.T)  # (..., r)
+        now[name] += (adapter.scale * products.sum(-1)).square().sum()
+
+    if output.requires_grad:  # not in evaluation
+        x = inputs[0].detach()
+        output.register_hook(backward_hook)
+
+
 class ParameterBudget(RankAllocator):
-    """For any allocator, a budget that counts trained parameters: as many as plain LoRA has at the
-    target ranks. It is never exceeded. Growth ends when the matrix with the dearest rank could not
-    pay for rank_step more ranks. `budget` and `plan` are estimates in ranks."""
+    """For any allocator, a budget in trained parameters: as many as LoRA has at the target ranks.
+    Growth ends when the dearest matrix could not pay. `budget` and `plan` are estimates."""
 
     def parameters_left(self) -> int:
         tensors = [p for adapter in self.adapters.values() for p in adapter.parameters()]
-        return self.lora - sum(p.numel() for p in tensors if p.requires_grad)
+        return self.lora_parameters - sum(p.numel() for p in tensors if p.requires_grad)
 
     @property
-    def lora(self) -> int:
-        """The parameters of plain LoRA."""
+    def lora_parameters(self) -> int:
         layers = [(adapter.target_rank, adapter.base) for adapter in self.adapters.values()]
         return sum(rank * (base.in_features + base.out_features) for rank, base in layers)
 
     @property
     def budget(self) -> int:
         """The ranks now, and those that the rest pays for at LoRA's mean price of a rank."""
-        return self.total_rank + self.parameters_left() * super().budget // self.lora
+        return self.total_rank + self.parameters_left() * super().budget // self.lora_parameters
 
     def count(self, t: int, Q: int) -> int:
         """k of the schedule, but never more matrices than can pay, whichever these are."""
@@ -179,8 +180,7 @@ class ParameterBudget(RankAllocator):
         for adapter in self.adapters.values():
             with torch.device("meta"):  # only shapes: nothing is drawn from the global generator
                 new = adapter.new_entries(self.rank_step)
-            trained = [t for name, t in new.items() if getattr(adapter, name).requires_grad]
-            prices.append(sum(t.numel() for t in trained))
+            prices.append(sum(entries.numel() for entries in new.values()))
         return min(k, self.parameters_left() // max(prices))
 
 
