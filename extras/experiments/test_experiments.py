@@ -1,7 +1,6 @@
 """Tests of the experiments at their smallest size: pytest extras/experiments"""
 
 import json
-import re
 
 import pytest
 import torch
@@ -101,30 +100,6 @@ def test_pages_hold_the_numbers_of_the_results():
     for path in tables.PAGES:
         page = path.read_text(encoding="utf-8")
         assert tables.fill(page) == page, path
-
-
-def test_readme_claims_are_those_of_the_evidence():
-    page = (tables.ROOT / "README.md").read_text(encoding="utf-8")
-    claims = page[page.index("## Did the paper") : page.index("## More")]
-    numbers = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", claims)
-    known = [str(one) for one, _ in tables.choices().values()]
-    lines = run.read(run.RESULTS / "evidence.jsonl")
-    losses = {}
-    for line in lines:
-        if line["test"]:
-            key = line["task"], line["row"], line["base"], line["seed"]
-            losses[key] = line["test"]["loss"]  # the last setting of a row counts
-    difference = {
-        task: [
-            loss - losses[task, "random", base, seed]
-            for (its_task, row, base, seed), loss in sorted(losses.items())
-            if (its_task, row) == (task, "importance")
-        ]
-        for task in ("CoLA", "SST-2", "prose", "modules")
-    }
-    known += [str(tables.interval(difference["CoLA"] + difference["SST-2"]))]
-    known += [str(tables.interval(values)) for values in difference.values()]
-    assert len(numbers) == 6 and set(numbers) <= set(known)
 
 
 def test_readme_pace_is_that_of_eight_seeds():
