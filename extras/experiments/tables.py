@@ -91,7 +91,7 @@ def test_losses(task: str, row: str) -> dict[tuple, float]:
 def differences(task: str, row: str, other: str) -> dict[tuple, float]:
     """{(base, seed): test loss of a row minus that of the other row}."""
     ours, theirs = test_losses(task, row), test_losses(task, other)
-    return {key: ours[key] - theirs[key] for key in ours.keys() & theirs.keys()}
+    return {key: ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())}
 
 
 def minus_lora(task: str, row: str) -> list[float]:
