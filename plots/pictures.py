@@ -106,7 +106,7 @@ def draw_growth() -> Figure:
         x, y = [*steps, args.steps], [*totals, totals[-1]]
         label = f"{schedule}, {formulas[schedule]}: spent at step {steps[-1]}"
         look = {"color": COLORS[schedule], "marker": marker, "markersize": 5}
-        axes.step(x, y, where="post", label=label, markevery=(1, 4), **look)
+        axes.step(x, y, where="post", label=label, markevery=range(1, len(steps), 4), **look)
     axes.axhline(allocator.budget, color=GRAY, linestyle="--", label=f"budget, {allocator.budget}")
     axes.axvspan(0, args.warmup, color=LIGHT_GRAY, label=f"warm-up, to step {args.warmup}")
     axes.set(
@@ -152,7 +152,7 @@ def draw_frame(log: list[dict], i: int) -> Figure:
     for name in now.get("grown", []):
         x, y = places[name]
         axes.bar(x, 0.92, 0.92, bottom=y - 0.46, fill=False, edgecolor=RED, linewidth=4)
-    axes.set_title(f"Which matrices grow? Ranks at step {now['step']} (red: it grew now)")
+    axes.set_title(f"Ranks at step {now['step']} (framed: it grew now)")
 
     axes = panels["T"]
     run.label_axes(axes, log, "When is the budget spent?", "total rank")

@@ -107,5 +107,15 @@ def test_readme_pace_is_that_of_eight_seeds():
     differences = tables.pace_differences("importance")
     assert [len(values) for values in differences.values()] == [8] * 5
     one, five, twenty = (tables.interval(differences[steps]) for steps in (1, 5, 20))
+    paces = differences[20], differences[1]
+    last = tables.interval([slow - fast for slow, fast in zip(*paces, strict=True)])
+    assert f"The last minus the first is {last} (" in page
     words = f"is {one} with an allocation at every step, {five} at every fifth, and {twenty} at"
     assert words in page
+
+
+def test_results_have_the_declared_difference():
+    page = (tables.ROOT / "extras/RESULTS.md").read_text(encoding="utf-8")
+    both = [tables.differences(task, "importance", "random") for task in ("CoLA", "SST-2")]
+    values = [value for own in both for value in own.values()]
+    assert f"It is {tables.interval(values)}, and not significant" in page
