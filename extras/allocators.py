@@ -65,7 +65,7 @@ class UpdateNorm(RankAllocator):
 
 
 class UpdateNormChange(UpdateNorm):
-    """The growth of that size since the last allocation (or the warm-up)."""
+    """The change of that size since the last allocation (or the warm-up)."""
 
     scores = RankAllocator.scores  # the change of what `importances` returns
 
@@ -85,10 +85,10 @@ class Sensitivity(RankAllocator):
         for name, adapter in self.adapters.items():
             for tensor in adapter.GROWS_ALONG:
                 p = getattr(adapter, tensor)
-                if p.grad is not None and p.grad.isfinite().all():  # else an overflow is skipped
+                if p.grad is not None and p.grad.isfinite().all():  # skip an overflow
                     old = self.moments.get((name, tensor), (p[:0], p[:0]))
                     self.moments[name, tensor] = smoothed(*old, p)
-        if not self.moments:
+        if t > self.warmup and not self.moments:
             raise ValueError("sensitivity needs gradients: call zero_grad after allocator.step")
         return super().step(t)
 

@@ -25,7 +25,7 @@ from triadapt import LoRALinear, adapter_state_dict, find_adapters, is_plain, re
 
 @torch.no_grad()
 def export_lora(model, folder, base=None, inputs=None, task_type=None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors: the adapters as LoRA of one rank.
+    """Write adapter_config.json and adapter_model.safetensors: LoRA of one common rank.
 
     L + U and the scale are folded into B, smaller ranks are padded with zeros, and lora_alpha is
     the rank. So a tool that scales by lora_alpha / r applies exactly the trained update. Modules
@@ -195,7 +195,7 @@ def as_float32(tensor: Tensor) -> Tensor:
 
 
 def outputs(net: nn.Module, inputs) -> list[Tensor]:
-    """The tensors of floats that the model returns for this batch, with zeros as masks."""
+    """The tensors of floats that the model returns. Values above 1e30 are masks, and become 0."""
     torch.manual_seed(0)  # some models draw masks in evaluation
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     inputs = tree_map_only(Tensor, as_float32, inputs)

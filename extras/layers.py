@@ -61,7 +61,7 @@ def transpose(model: nn.Module, old: type, new: type) -> nn.Module:
 
 
 def untie(model: nn.Module) -> nn.Module:
-    """Give each nn.Linear that shares weight or bias, such as a tied lm_head, its own copies.
+    """Give each plain nn.Linear that shares weight or bias, such as a tied lm_head, its own copies.
     Returns the model. Call it before add_adapters. Then an adapted lm_head can be saved and merged.
     """
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
@@ -95,7 +95,7 @@ def merge_measured(model: nn.Module) -> nn.Module:
         kind = WasConv1D if isinstance(layer, WasConv1D) else nn.Linear
         linear = kind(*W.T.shape, device="meta")
         linear.weight = nn.Parameter(W.contiguous(), requires_grad=False)
-        linear.bias = nn.Parameter(b, requires_grad=False) if b.any() else None
+        linear.bias = nn.Parameter(b, False) if layer.bias is not None or b.any() else None
 
         # Small inputs and large ones, because relu(W x + 20) is linear near 0.
         sizes = torch.tensor([[0.1], [1.0], [10.0], [100.0]])

@@ -155,7 +155,7 @@ def test_sensitivity_is_its_formula():
     for p in tensors:
         p.grad = torch.full_like(p, 2.0)
     with pytest.raises(ValueError, match="sensitivity needs gradients"):
-        make("sensitivity")[2].step(1)
+        make("sensitivity")[2].step(3)
     allocator.step(1)  # "2" has no gradient
     now = torch.cat([2 * p.flatten().abs() for p in tensors])
     expected = (0.15 * now * 0.15 * 0.85 * now).mean().item()
@@ -485,7 +485,7 @@ def test_conversion_keeps_values_or_is_refused():
         triadapt.add_adapters(net, ["0"])
         with pytest.raises(ValueError, match="^the model has adapters: call merge_adapters or"):
             restore_conv1d(net)
-        assert isinstance(restore_conv1d(merge_measured(net))[0], Conv1D)
+        assert restore_conv1d(merge_measured(net))[0].bias is not None and type(net[0]) is Conv1D
 
 
 EXPORT_HEADS = {"GPT2LMHeadModel": "lm_head", "BertForMaskedLM": "cls.predictions.decoder"}
@@ -877,7 +877,9 @@ def test_resume_needs_the_allocators_state(tmp_path, monkeypatch):
     saved = tmp_path / "checkpoint-7"
     resume = partial(run_trainer, tmp_path, saved, **RESUMED[7])
     assert_refused("the checkpoint was written without growth of 0 by importance", resume)
-    resume = partial(run_trainer, tmp_path, saved, **RESUMED[7] | {"allocator": "seeded:7"})
+    resume = partial(
+        run_trainer, tmp_path, saved, **RESUMED[7] | {"allocator": "seeded", "max_steps": 14}
+    )
     assert_refused("resume with the settings of the checkpoint: {'interval'", resume)
 
 

@@ -51,12 +51,12 @@ class GrowthCallback(TrainerCallback):
     def __init__(self, adapters: dict[str, LoRALinear], allocator="importance", **settings):
         name, _, argument = allocator.partition(":")
         self.settings = settings | {"argument": argument} if argument else settings
-        self.make_allocator = partial(ALLOCATORS[name], adapters, **self.settings)
+        self.make_allocator = ALLOCATORS[name]
         self.adapters = adapters
-        self.key = f"growth of {min(adapters)} by {name}"  # other than the names of callbacks
+        self.key = f"growth of {min(adapters)} by {name}"  # must not be the name of a callback
         self.final_rank = None  # the total rank when the budget was spent
         self.optimizers = []  # the Trainer's, as soon as there is one
-        for adapter in adapters.values():  # its hook has no self, because models are copied
+        for adapter in adapters.values():  # the hook lacks self, because models are copied
             adapter.register_load_state_dict_pre_hook(partial(take_saved_rank, self.optimizers))
 
     def on_init_end(self, args, state, control, optimizer, **kwargs):
@@ -78,7 +78,8 @@ class GrowthCallback(TrainerCallback):
         total_rank = sum(adapter.rank for adapter in self.adapters.values())
         if saved is None and state.global_step > 0:
             raise ValueError(f"the checkpoint was written without {self.key}: train anew")
-        if saved and saved["settings"] != self.settings:
+        self.settings = self.settings | {"total_steps": state.max_steps}
+        if saved and saved["allocator"] and saved["settings"] != self.settings:
             raise ValueError(f"resume with the settings of the checkpoint: {saved['settings']}")
         spent = saved["allocator"] is None if saved else total_rank == self.final_rank
         if spent:
@@ -86,7 +87,7 @@ class GrowthCallback(TrainerCallback):
             self.allocator = None
             return
         self.final_rank = None
-        self.allocator = self.make_allocator(optimizer, total_steps=state.max_steps)
+        self.allocator = self.make_allocator(self.adapters, optimizer, **self.settings)
         if saved:
             file = io.BytesIO(bytes.fromhex(saved["allocator"]))
             self.allocator.load_state_dict(torch.load(file, weights_only=True))
@@ -152,8 +153,7 @@ def share_scores(allocator: RankAllocator) -> None:
 
 
 def find_wrappers(model) -> list[DistributedDataParallel]:
-    """The DistributedDataParallel of this model, which the Trainer does not give to callbacks.
-    There are more if earlier Trainers of the same model still have theirs."""
+    """Each DistributedDataParallel of this model. The Trainer does not give it to callbacks."""
     gc.collect()  # else a dead one could be found in one process only
     found = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
     return [ddp for ddp in found if getattr(ddp, "module", None) is model]

@@ -51,6 +51,14 @@ def test_runner_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert again["test_loss"] < again["before"]
 
 
+@pytest.mark.parametrize("line", ["pace --folder x", "MPQA", "pace --extra=--steps=4"])
+def test_results_of_other_runs_stay_apart(line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(line.split())
+    said = capsys.readouterr().err
+    assert "--folder: MPQA and SST-2 need it" in said or "--extra: give --results" in said
+
+
 def test_a_diverged_run_counts_with_its_start(tmp_path):
     experiment = Experiment({"LoRA": "--method lora --lr 1e30"}, "--data prose", range(1))
     line = run.run(experiment, Job("LoRA", None, 0), "--steps 4 --context 16 --eval-interval 4")
