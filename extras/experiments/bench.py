@@ -123,7 +123,7 @@ def measure(config: GPTConfig, batch_size: int, rounds: int) -> dict:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m extras.experiments.bench")
     parser.add_argument("--results", type=Path, default=RESULTS / "step_cost.jsonl")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many, for a test")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="peft")

@@ -8,13 +8,10 @@ importance gives both the same score. The norm of the update does not see it eit
 the gradients, and sees it.
 """
 
-import json
-
 import torch
 from torch import nn
 
 from extras.allocators import KINDS
-from extras.experiments.run import RESULTS, commit
 from triadapt import add_adapters
 
 STEPS = 30
@@ -46,14 +43,7 @@ def score_ratios(factor: float) -> dict[str, float]:
     return {name: own["second"] / own["first"] for name, own in scores.items()}
 
 
-def main() -> None:
-    with (RESULTS / "blind.jsonl").open("w", encoding="utf-8") as file:
-        for factor in (1, 10, 100):
-            ratios = score_ratios(factor)
-            print(f"the second loss counts {factor} times, the score is higher by: {ratios}")
-            line = {"factor": factor, "ratios": ratios, "commit": commit()}
-            file.write(json.dumps(line | {"versions": [str(torch.__version__)]}) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    for factor in (1, 10, 100):
+        ratios = score_ratios(factor)
+        print(f"the second loss counts {factor} times, its score is higher by: {ratios}")
