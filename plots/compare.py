@@ -114,7 +114,8 @@ def format_row(label: str, cells: list[str], width: int) -> str:
 
 
 def make_figure(groups: dict[str, list[Log]]) -> run.Figure:
-    """Losses and total rank of all runs, with a color and a marker for each group."""
+    """Losses and total rank of all runs, with a color and a marker for each group. A group of
+    several seeds has a dash at its mean test loss."""
     labels = [textwrap.fill(run.plain(label, 400), 120) for label in groups]
     height = 4.5 + 0.25 * sum(label.count("\n") + 1 for label in labels)
     figure = run.Figure(figsize=(12, height), layout="constrained")
@@ -131,21 +132,24 @@ def make_figure(groups: dict[str, list[Log]]) -> run.Figure:
             rank.step([e["step"] for e in ranked], totals, where="post", **look, markevery=0.1)
         handles += lines
         losses = losses_of(group)
-        result.plot(losses, [row] * len(losses), **look | {"linestyle": "", "markersize": 6})
-        if losses:
-            result.plot(mean(losses), row, "|", color=color, markersize=24, markeredgewidth=2)
+        result.plot([row] * len(losses), losses, **look | {"linestyle": "", "markersize": 6})
+        if len(losses) > 1:
+            result.plot(row, mean(losses), "_", color=color, markersize=24, markeredgewidth=2)
 
     longest = max(itertools.chain(*groups.values()), key=lambda log: log[0]["settings"]["steps"])
     unit = run.loss_unit(longest)
     run.label_axes(loss, longest, "How fast does the loss fall?", f"validation loss ({unit})")
     run.label_axes(rank, longest, "When does the rank grow?", "total rank of all matrices")
     rank.set_ylim(0, None)
+    counts = [len(losses_of(group)) for group in groups.values()]
+    several = max(counts) > 1
     result.set(
-        title="Which loss is the lowest?",
-        xlabel=f"final test loss ({unit})\nbar: mean of the group",
+        title="Which test loss is the lowest?" + ("" if several else "\n(one seed cannot tell)"),
+        xlabel="number of seeds" + (" (dash: their mean)" if several else ""),
+        ylabel=f"final test loss ({unit})",
+        xlim=(-0.5, len(groups) - 0.5),
     )
-    result.set(ylim=(len(groups) - 0.5, -0.5), yticks=[])
-    result.locator_params(axis="x", nbins=4)
+    result.set_xticks(range(len(counts)), labels=counts)
     figure.legend(handles, labels, loc="outside lower center")
     return figure
 

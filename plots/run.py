@@ -105,7 +105,7 @@ def draw_total_rank(axes, log: list[dict]) -> None:
     axes.step(steps, totals, where="post", color=BLUE, linewidth=2, label="total rank")
     if budget is not None:
         axes.axvspan(0, warmup, color=LIGHT_GRAY, label=f"warm-up, to step {warmup}")
-        axes.axhline(budget, color=ORANGE, linestyle="--", label=f"budget, {budget}")
+        axes.axhline(budget, color=GRAY, linestyle="--", label=f"budget, {budget}")
         spent = [step for step, total in zip(steps, totals, strict=True) if total >= budget]
         if spent:
             axes.plot(spent[0], budget, "o", color=BLUE, label=f"budget spent at step {spent[0]}")
@@ -150,30 +150,38 @@ def draw_grid(axes, ranks: dict[str, int], least: int, most: int) -> dict[str, t
 
 
 def draw_importance(axes, log: list[dict]) -> None:
-    """A line for each kind of matrix, the mean over the blocks."""
+    """A line for each kind of matrix, the mean over the blocks. Growth alone lowers F, so F is
+    shown relative to that of an untrained core of the same rank, which is 1 / sqrt(r)."""
     measured = [entry for entry in log if entry["kind"] != "allocation"]  # enough points
     steps = [entry["step"] for entry in measured]
     kinds = {}
     for name in log[0]["importance"]:
         kinds.setdefault(split_name(name)[1], []).append(name)
-    lines = {
-        kind: [mean(entry["importance"][name] for name in names) for entry in measured]
-        for kind, names in kinds.items()
-    }
+    first = log[0]
+    triadapt = all(  # and not the importance of a fork
+        math.isclose(F, first["ranks"][name] ** -0.5, rel_tol=0.01)
+        for name, F in first["importance"].items()
+    )
+    lines = {kind: [] for kind in kinds}
+    for kind, names in kinds.items():
+        for entry in measured:
+            untrained = [entry["ranks"][name] ** -0.5 if triadapt else 1 for name in names]
+            F = [entry["importance"][name] for name in names]
+            lines[kind].append(mean(a / b for a, b in zip(F, untrained, strict=True)))
     changes = {kind: max(line) - min(line) for kind, line in lines.items()}
     most = sorted(changes, key=changes.get, reverse=True)[: len(PALETTE)]
     shown = [kind for kind in kinds if kind in most]
     for kind, color, marker in zip(shown, PALETTE, MARKERS, strict=False):
         axes.plot(steps, lines[kind], color=color, marker=marker, markersize=5, label=plain(kind))
     title = "How does the importance of each kind change?"
-    identity = [mean(entry["ranks"].values()) ** -0.5 for entry in measured]
-    if math.isclose(lines[shown[0]][0], identity[0], rel_tol=0.01):  # not that of a fork
-        axes.plot(steps, identity, color=GRAY, linestyle="--", label="core = identity")
-        title += "\n(growth alone lowers it: dashed)"
+    if triadapt:
+        axes.axhline(1, color=GRAY, linestyle="--", label="untrained")
+        title += "\n(relative to an untrained matrix of the same rank)"
     if len(shown) < len(kinds):
         title += f"\nShown: the {len(shown)} of {len(kinds)} kinds that change most"
-    label_axes(axes, log, title, "mean of F = ‖L + U‖ / r (no unit)")
-    axes.legend(ncols=2)
+    unit = "mean of F / F untrained" if triadapt else "mean of the importance"
+    label_axes(axes, log, title, f"{unit} (no unit)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # next to the lines
 
 
 def label_axes(axes, log: list[dict], title: str, ylabel: str) -> None:

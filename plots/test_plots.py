@@ -92,7 +92,7 @@ def test_importance_has_a_line_per_kind():
     assert lines["k"][-1] == pytest.approx([6, mean])
 
 
-def test_importance_of_the_identity_is_dashed():
+def test_importance_is_relative_to_an_untrained_core():
     log = make_log()
     for entry in log:
         entry["importance"] = dict.fromkeys(log[0]["importance"], 4**-0.5)
@@ -100,9 +100,9 @@ def test_importance_of_the_identity_is_dashed():
     log[-1]["ranks"] = dict.fromkeys(log[0]["ranks"], 16)
     axes = run.Figure().subplots()
     run.draw_importance(axes, log)
-    assert axes.lines[-1].get_label() == "core = identity"
-    dashed = list(axes.lines[-1].get_ydata())
-    assert dashed[0] == 0.5 and dashed[-1] == 0.25
+    assert axes.lines[-1].get_label() == "untrained"
+    values = list(axes.lines[0].get_ydata())
+    assert values[0] == 1 and values[-1] == 2  # an untrained core of rank 16 has F = 1 / 4
 
 
 def test_of_many_kinds_six_are_shown():
@@ -186,7 +186,10 @@ def test_each_group_has_its_color():
     loss, rank, result = compare.make_figure(groups).axes
     for axes in (loss, rank):
         assert [line.get_color() for line in axes.lines] == colors
-    assert len(result.lines) == 2 * len(groups)  # the runs of a group, and their mean
+    assert len(result.lines) == len(groups)  # no mean of one seed
+    logs.append(make_log("lora", "none", seed=1))
+    (*_, result) = compare.make_figure(compare.group_runs(logs)).axes
+    assert len(result.lines) == len(groups) + 1
 
 
 def test_comparison_replaces_no_file(tmp_path, capsys):
@@ -213,7 +216,7 @@ def test_method_picture_shows_what_is_new():
     colors = Counter(to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches)
     expected = {"trained": 18 + 6 + 6 + 15, "new, 0": 6 + 3 + 4, "new, 1": 1, "new, random": 5}
     assert colors == {pictures.ENTRIES[kind]: count for kind, count in expected.items()}
-    assert "relative change 0)" in figure.get_suptitle()
+    assert figure.get_suptitle().endswith("changes by 0")
 
 
 def test_growth_picture_spends_the_budget():

@@ -47,14 +47,15 @@ def draw_pace() -> Figure:
     axes.axhline(0, color=GRAY, linestyle="--", label="LoRA")
     ticks = [*pace_differences("random")]
     axes.set(
-        title="What does slow growth cost? (prose, 8 seeds, 95 % intervals)",
-        xlabel="steps from one allocation to the next (log scale)",
-        ylabel="test loss minus LoRA's, in nats per token",
+        title="What does slow growth cost? (prose, 8 seeds)",
+        xlabel="steps from one growth to the next (log scale)",
+        ylabel="test loss minus LoRA's, in nats per token\n(above the line: worse than LoRA)",
         xscale="log",
     )
     axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", title="what decides which matrices grow")
+    figure.supxlabel("with 95 % intervals of the paired differences", fontsize=10)
     return figure
 
 
