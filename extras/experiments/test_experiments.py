@@ -17,7 +17,7 @@ def result(row: str, rate: float | None, seed: int, val_loss: float = 1.0) -> di
 
 
 def test_tuning_goes_on_until_the_best_rate_is_inside():
-    experiment = Experiment({"LoRA": ""}, "", range(1, 3), [1.0, 2.0, 4.0], tuning_seeds=(101, 102))
+    experiment = Experiment({"LoRA": ""}, "", range(1, 3), [1.0, 2.0, 4.0], also={"LoRA": 1.0})
     losses = {0.25: 0.9, 0.5: 0.2, 1.0: 0.3, 2.0: 0.4, 4.0: 0.5}
     results, tuned = [], []
     while job := next(run.jobs(experiment, results), None):
@@ -25,7 +25,7 @@ def test_tuning_goes_on_until_the_best_rate_is_inside():
         tuned += [job.rate] if job.seed == 101 else []
     assert tuned == [1.0, 2.0, 4.0, 0.5, 0.25]
     reported = [(line["rate"], line["seed"]) for line in results if line["seed"] < 100]
-    assert reported == [(0.5, 1), (0.5, 2)]
+    assert reported == [(0.5, 1), (1.0, 1), (0.5, 2), (1.0, 2)]
 
 
 def test_rates_of_full_fine_tuning_are_lower():
