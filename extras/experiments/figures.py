@@ -6,19 +6,23 @@ python -m extras.experiments.figures
 from extras.experiments.tables import ROOT, TASKS, interval, minus_lora, pace_differences
 from plots.run import BLUE, GRAY, GREEN, Figure, to_png
 
-ROWS = ["importance", "random", "worth"]
+ROWS = ["importance", "random", "uniform", "worth", "half-rate importance", "half-rate LoRA"]
 
 
 def draw_losses() -> Figure:
     """For each task the mean difference of the test loss from LoRA's, and its interval."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, len(TASKS), sharey=True)
     for axes, task in zip(panels, TASKS, strict=True):
         for y, row in enumerate(reversed(ROWS)):
-            one = interval(minus_lora(task, row))
-            axes.errorbar(one.mean, y, xerr=one.half, fmt="o", color=BLUE, capsize=4)
+            values = minus_lora(task, row)
+            if values:  # the row was run on this task
+                one = interval(values)
+                color = GRAY if row == "half-rate LoRA" else BLUE
+                axes.errorbar(one.mean, y, xerr=one.half, fmt="o", color=color, capsize=4)
         axes.axvline(0, color=GRAY, linestyle="--")
-        axes.set(title=task, yticks=range(len(ROWS)), yticklabels=reversed(ROWS))
+        title = "CoLA (hardly learned)" if task == "CoLA" else task
+        axes.set(title=title, yticks=range(len(ROWS)), yticklabels=reversed(ROWS))
         axes.set_ylim(-0.6, len(ROWS) - 0.4)
         edge = 1.1 * max(abs(limit) for limit in axes.get_xlim())
         axes.set_xlim(-edge, edge)
@@ -33,7 +37,7 @@ def draw_losses() -> Figure:
 
 def draw_pace() -> Figure:
     """The mean difference of the test loss from LoRA's for each interval, and its interval."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     for name, color, marker, shift in (
         ("importance", BLUE, "o", 0.98),
@@ -54,8 +58,8 @@ def draw_pace() -> Figure:
     )
     axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.legend(loc="upper left", title="what decides which matrices grow")
-    figure.supxlabel("with 95 % intervals of the paired differences", fontsize=10)
+    title = "what decides which matrices grow (95 % intervals of paired differences)"
+    figure.legend(loc="outside lower center", ncols=3, title=title)
     return figure
 
 

@@ -1,5 +1,5 @@
 """Runs the experiments of this edition. Each goes on where it was stopped. extras/RESULTS.md has
-the results of pace. MPQA and SST-2 are not finished.
+the results.
 
 python -m extras.experiments.run pace
 python -m extras.experiments.run MPQA --folder ~/data/MPQA      # train.tsv and dev.tsv

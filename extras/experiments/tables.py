@@ -26,9 +26,7 @@ class Interval:
     mean: float
     half: float  # half the width of the 95 % interval
     p: float  # of the two-sided t-test
-    visible: (
-        float  # a difference that three such tests with Holm's correction show in 80 % of cases
-    )
+    visible: float  # what three such tests with Holm's correction would show in 80 % of cases
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.half:.4f}"
@@ -55,10 +53,10 @@ def holm(ps: list[float]) -> list[float]:
     return corrected
 
 
-# Losses. Results of the second edition are in evidence.jsonl.
+# Losses. Those of the second edition (CoLA, prose, modules) are in evidence.jsonl.
 
-OLD_TASKS = ["CoLA", "SST-2", "prose", "modules"]
-TASKS = OLD_TASKS
+NEW_TASKS = ["MPQA", "SST-2"]
+TASKS = [*NEW_TASKS, "CoLA", "prose"]
 
 
 def results(name: str) -> list[dict]:
@@ -66,13 +64,25 @@ def results(name: str) -> list[dict]:
     return read(RESULTS / f"{name}.jsonl")
 
 
+def earlier(task: str) -> list[dict]:
+    """The runs of the second edition on a task."""
+    return [line for line in results("evidence") if line["task"] == task]
+
+
 def reported(task: str, row: str) -> dict[tuple, dict]:
-    """{(base, seed): result of the reported run}, with the setting that the row has chosen."""
-    if task in OLD_TASKS:
-        lines = [line for line in results("evidence") if (line["task"], line["row"]) == (task, row)]
+    """{(base, seed): result of the reported run}, with the setting that the row has chosen, or half
+    its learning rate if the row is called "half-rate LoRA", for example."""
+    half = row.startswith("half-rate ")
+    row = row.removeprefix("half-rate ")
+    if task not in NEW_TASKS:
+        row = "AdaLoRA (peft)" if row == "AdaLoRA in peft" else row
+        row += ", half the rate" if half else ""
+        lines = [line for line in earlier(task) if line["row"] == row]
         return {(line["base"], line["seed"]): line for line in lines if line["test"]}
     lines = results(task)
     rate = chosen_rate(EXPERIMENTS[task], row, lines)
+    if half:
+        rate /= 2
     return {
         (0, line["seed"]): line
         for line in lines
@@ -83,7 +93,7 @@ def reported(task: str, row: str) -> dict[tuple, dict]:
 def tests(task: str, row: str, metric: str = "loss") -> dict[tuple, float]:
     """{(base, seed): test loss, or another metric}."""
     runs = reported(task, row)
-    if task in OLD_TASKS:
+    if task not in NEW_TASKS:
         return {key: line["test"][metric] for key, line in runs.items()}
     return {key: line[f"test_{metric}"] for key, line in runs.items()}
 
@@ -95,20 +105,31 @@ def differences(task: str, row: str, other: str, metric: str = "loss") -> dict[t
 
 
 def minus_lora(task: str, row: str) -> list[float]:
-    """The paired differences of a row's test losses from LoRA's, of all reported seeds."""
-    if row == "class frequencies":
-        return frequencies_minus_lora(task)
-    return [*differences(task, row, "LoRA").values()]
-
-
-def frequencies_minus_lora(task: str) -> list[float]:
-    """The loss of a prediction from the class frequencies alone, minus LoRA's. None for prose."""
-    if task in OLD_TASKS:
-        known = [line for line in results("evidence") if line["task"] == task]
-        losses = {line["loss_of_shares"] for line in known if "loss_of_shares" in line}
+    """The paired differences of a row's test losses from LoRA's, of all reported seeds. Empty if
+    the row was not run on the task."""
+    if row != "class frequencies":
+        return [*differences(task, row, "LoRA").values()]
+    if task not in NEW_TASKS:
+        losses = {line["loss_of_shares"] for line in earlier(task) if "loss_of_shares" in line}
     else:
         losses = {line["frequency_loss"] for line in results(task)} - {None}
     return [loss - lora for loss in losses for lora in tests(task, "LoRA").values()]
+
+
+def means_of_both(row: str, other: str) -> list[float]:
+    """For each seed, the mean difference on MPQA and SST-2."""
+    first, second = (differences(task, row, other) for task in NEW_TASKS)
+    return [(first[key] + second[key]) / 2 for key in first]
+
+
+DECLARED = [("importance", "random"), ("importance", "LoRA"), ("worth", "LoRA")]
+
+
+def declared() -> dict[tuple[str, str], tuple[Interval, float]]:
+    """{(row, other row): (difference, p after Holm's correction)} of the declared contrasts."""
+    intervals = [interval(means_of_both(*pair)) for pair in DECLARED]
+    corrected = holm([one.p for one in intervals])
+    return dict(zip(DECLARED, zip(intervals, corrected, strict=True), strict=True))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -120,39 +141,51 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 # Blocks.
 
 
+def differences_table(rows: list[str], tasks: list[str], metric: str) -> str:
+    """LoRA's test loss (or another metric) on each task, and the differences of rows from it."""
+    means = [statistics.mean(tests(task, "LoRA", metric).values()) for task in tasks]
+    lines = [["**LoRA**", *(f"**{mean:.4f}**" for mean in means)]]
+    for row in rows:
+        own = [
+            minus_lora(task, row)
+            if metric == "loss"
+            else [*differences(task, row, "LoRA", metric).values()]
+            for task in tasks
+        ]
+        lines.append([f"{row} minus LoRA", *(str(interval(one)) if one else "" for one in own)])
+    better = "lower" if metric == "loss" else "higher"
+    return table([f"test {metric}, {better} is better", *tasks], lines)
+
+
+ROWS = ["importance", "random", "worth", "full fine-tuning", "class frequencies"]
+
+
 def losses_block() -> str:
-    """LoRA's test loss on four tasks, and the differences of other rows from it."""
-    losses = [statistics.mean(tests(task, "LoRA").values()) for task in TASKS]
-    rows = [["**LoRA**", *(f"**{loss:.4f}**" for loss in losses)]]
-    for row in ["importance", "random", "worth", "full fine-tuning", "class frequencies"]:
-        differences_of_tasks = [minus_lora(task, row) for task in TASKS]
-        cells = [str(interval(values)) if values else "" for values in differences_of_tasks]
-        rows.append([f"{row} minus LoRA", *cells])
-    return table(["test loss", *TASKS], rows)
+    """The losses that README shows, with a caveat in the header."""
+    block = differences_table(ROWS, TASKS, "loss")
+    return block.replace("| CoLA |", "| CoLA (hardly learned) |", 1)
+
+
+def all_losses_block() -> str:
+    """The losses of all rows."""
+    others = ["half-rate LoRA", "half-rate importance", "AdaLoRA in peft"]
+    rows = ["importance", "random", "uniform", "worth", *others, *ROWS[3:]]
+    return differences_table(rows, TASKS, "loss")
 
 
 def accuracy_block() -> str:
-    """The same of the accuracy, for tasks with classes."""
-    tasks = [task for task in TASKS if task != "prose"]
-    means = [statistics.mean(tests(task, "LoRA", "accuracy").values()) for task in tasks]
-    rows = [["**LoRA**", *(f"**{mean:.4f}**" for mean in means)]]
-    for row in ["importance", "random", "worth", "full fine-tuning"]:
-        values = [differences(task, row, "LoRA", "accuracy").values() for task in tasks]
-        rows.append([f"{row} minus LoRA", *(str(interval([*own])) for own in values)])
-    return table(["accuracy", *tasks], rows)
+    """The accuracies of the new tasks."""
+    rows = ["importance", "random", "uniform", *ROWS[2:4]]
+    return differences_table(rows, NEW_TASKS, "accuracy")
 
 
-def rates_block() -> str:
-    """The settings that each row has chosen."""
+def declared_block() -> str:
+    """The three declared contrasts, and what they are on each task."""
     rows = []
-    for row in ["LoRA", "importance", "random", "worth"]:
-        cells = []
-        for task in TASKS:
-            line = [*reported(task, row).values()][-1]
-            what = "alpha" if row == "LoRA" else "core"
-            cells.append(f"{line['rate']:g}, {what} {line['second']:g}")
-        rows.append([row, *cells])
-    return table(["learning rate", *TASKS], rows)
+    for (row, other), (both, p) in declared().items():
+        each = [str(interval([*differences(task, row, other).values()])) for task in NEW_TASKS]
+        rows.append([f"{row} minus {other}", str(both), f"{p:.3f}", f"{both.visible:.4f}", *each])
+    return table(["contrast", "mean of both", "p", "visible", *NEW_TASKS], rows)
 
 
 def stability(task: str) -> Interval:
@@ -169,12 +202,12 @@ def stability_block() -> str:
     rows = []
     for row in ("LoRA", "importance"):
         cells = []
-        for task in TASKS:
+        for task in TASKS[2:]:
             gaps = differences(task, f"{row}, 4 times the rate", row)
             cells.append(str(interval([*gaps.values()])))
         rows.append([row, *cells])
-    rows.append(["importance minus LoRA", *(str(stability(task)) for task in TASKS)])
-    return table(["four times the learning rate", *TASKS], rows)
+    rows.append(["importance minus LoRA", *(str(stability(task)) for task in TASKS[2:])])
+    return table(["four times the learning rate", *TASKS[2:]], rows)
 
 
 def step_costs(variant: str, other: str) -> list[float]:
@@ -197,32 +230,42 @@ def cost_block() -> str:
 
 def claims_block() -> str:
     """The paper's five claims, the verdict, and what was measured."""
-    measured = []
-    for other in ("LoRA", "random"):
-        values = {task: differences(task, "importance", other).values() for task in TASKS}
-        texts = [f"{task} {interval([*own])}" for task, own in values.items()]
-        measured.append(f"importance minus {other}: {', '.join(texts)}")
+    both = {}
+    for (row, other), (one, p) in declared().items():
+        both[row, other] = f"MPQA and SST-2 {one} (p = {p:.3f})"
+    texts = [
+        f"{task} {interval([*differences(task, 'importance', 'random').values()])}"
+        for task in TASKS[2:]
+    ]
+    measured = [
+        f"importance minus LoRA: {both['importance', 'LoRA']}, CoLA and prose below",
+        f"importance minus random: {both['importance', 'random']}, {', '.join(texts)}",
+    ]
     texts = [f"{row} minus linear {choices()[f'{row} schedule'][0]}" for row in OTHER_SCHEDULES]
-    measured.append(f"prose, from a weaker base, rates not tuned: {', '.join(texts)}")
-    texts = [f"{task} {stability(task)}" for task in ("prose", "modules")]
+    measured.append(f"prose, rates not tuned: {', '.join(texts)}")
     rise = "rise of the loss at four times the learning rate, importance minus LoRA"
-    measured.append(f"{rise}: {', '.join(texts)}")
+    measured.append(f"{rise}: CoLA {stability('CoLA')}, prose {stability('prose')}")
     texts = []
     for other in ("LoRA", "AdaLoRA in peft"):
         costs = step_costs("TriAdaptLoRA", other)
         texts.append(f"{min(costs):.2f} to {max(costs):.2f} times that of {other}")
-    measured.append(f"time of a step on two CPU cores: {', '.join(texts)}")
+    measured.append(f"time of a step on CPU: {', '.join(texts)}")
     rows = [[*claim, text] for claim, text in zip(CLAIMS.items(), measured, strict=True)]
     return table(["claim", "here", "measured"], rows)
+
+
+def findings_block() -> str:
+    """README's two tables."""
+    return f"{claims_block()}\n\n{losses_block()}"
 
 
 OTHER_SCHEDULES = ["exponential", "fixed"]
 # The verdicts were written by hand when the results were known.
 CLAIMS = {
-    "better than other methods": "not seen",
+    "better than other methods": "not better than LoRA",
     "the importance finds where rank is needed": "not seen",
     "linear is the best schedule": "not seen, hardly tested",
-    "more stable": "perhaps, on our GPT",
+    "more stable": "perhaps, on prose",
     "cheaper": "than AdaLoRA, not than LoRA",
 }
 
@@ -311,9 +354,10 @@ BLOCKS = {
     "claims": claims_block,
     "choices": choices_block,
     "cost": cost_block,
-    "losses": losses_block,
+    "all losses": all_losses_block,
+    "declared": declared_block,
+    "findings": findings_block,
     "accuracy": accuracy_block,
-    "rates": rates_block,
     "stability": stability_block,
     "pace": pace_block,
 }

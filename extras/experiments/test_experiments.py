@@ -1,6 +1,7 @@
 """Tests of the experiments at their smallest size: pytest extras/experiments"""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -122,8 +123,39 @@ def test_readme_pace_is_that_of_eight_seeds():
     assert words in page
 
 
-def test_results_have_the_declared_difference():
+def test_sentences_of_results_have_their_numbers():
     page = (tables.ROOT / "extras/RESULTS.md").read_text(encoding="utf-8")
-    both = [tables.differences(task, "importance", "random") for task in ("CoLA", "SST-2")]
-    values = [value for own in both for value in own.values()]
-    assert f"It is {tables.interval(values)}, and not significant" in page
+
+    def difference(task, row, other):
+        return tables.interval([*tables.differences(task, row, other).values()])
+
+    modules = difference("modules", "importance", "random")
+    words = f"random growth was ahead of the importance by {modules.mean:.4f} ± {modules.half:.4f}"
+    assert words in page and f"rose less than LoRA's ({tables.stability('modules')})" in page
+    tuned = {
+        task: {
+            row: run.validation_losses(run.EXPERIMENTS[task], row, tables.results(task))
+            for row in ("LoRA", "importance", "random", "uniform", "worth")
+        }
+        for task in tables.NEW_TASKS
+    }
+    at_4e3 = {row: losses[0.004] for row, losses in tuned["SST-2"].items()}
+    assert f"(mean validation loss {at_4e3.pop('LoRA'):.4f})" in page
+    assert f"({min(at_4e3.values()):.4f} to {max(at_4e3.values()):.4f})" in page
+    best = {task: [min(own, key=own.get) for own in tuned[task].values()] for task in tuned}
+    assert best == {
+        "MPQA": [0.002, 0.001, 0.001, 0.001, 0.001],
+        "SST-2": [0.002, 0.004, 0.002, 0.002, 0.002],
+    }
+    ends = [
+        line["last_growth"]
+        for task in tables.NEW_TASKS
+        for row in ("importance", "random", "uniform", "worth")
+        for line in tables.reported(task, row).values()
+    ]
+    assert f"growth ends at step {statistics.median(ends):.0f} (median)" in page
+    words = "On the mean of MPQA and SST-2, worth minus half-rate LoRA is"
+    both = tables.interval(tables.means_of_both("worth", "half-rate LoRA"))
+    assert f"{words} {both}." in page
+    words = "On SST-2 half-rate importance minus random is"
+    assert f"{words} {difference('SST-2', 'half-rate importance', 'random')}." in page
