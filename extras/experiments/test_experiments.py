@@ -154,6 +154,22 @@ def test_sentences_of_results_have_their_numbers():
         for line in tables.reported(task, row).values()
     ]
     assert f"growth ends at step {statistics.median(ends):.0f} (median)" in page
+    earlier = {
+        (task, row): next(iter(tables.reported(task, row).values()))["rate"]
+        for task in ("CoLA", "prose")
+        for row in ("LoRA", "importance")
+    }
+    assert [*earlier.values()] == [0.001, 0.001, 0.005, 0.01]
+    words = "LoRA has chosen {}, and the importance {}.".format(*[*earlier.values()][2:])
+    assert f"On CoLA both rows have chosen {earlier['CoLA', 'LoRA']}. On prose {words}" in page
+    last = {}  # steps between allocations: the last step with growth
+    for line in tables.results("pace"):
+        last.setdefault(line["row"].rpartition(" ")[2], []).append(line["last_growth"])
+    slow, fast = (statistics.mean(last[steps]) for steps in ("20", "1"))
+    assert (
+        f"step {slow:.0f} of 300 had a higher loss than growth that ended at step {fast:.0f}"
+        in page
+    )
     words = "On the mean of MPQA and SST-2, worth minus half-rate LoRA is"
     both = tables.interval(tables.means_of_both("worth", "half-rate LoRA"))
     assert f"{words} {both}." in page
